@@ -83,7 +83,7 @@ def _read_pickle(path: Path, head: bytes) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as exc:
         if "Unsupported global" in str(exc) or "Unsupported class" in str(exc):
             raise CheckpointError(
-                f"{path}: the file holds pickled code besides tensors and was not loaded, because that would run it; ask "
+                f"{path}: the file holds pickled code besides tensors and was not loaded, as that would run it; ask "
                 "for a plain state dict, or convert it to .safetensors where you trust it"
             ) from exc
         if head.startswith(b"PK"):

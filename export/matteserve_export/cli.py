@@ -1,0 +1,222 @@
+"""The commands `matteserve export`, `matteserve pull` and `matteserve weights`.
+
+Results go to stdout, progress and logs to stderr. torch and onnx are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from matteserve_client import MatteserveError
+from matteserve_export._errors import ExportError
+from matteserve_export.pull import cache_directory, find_cached
+from matteserve_export.pull import pull as pull_weights
+from matteserve_export.weights import REGISTRY, SourceKind, Weights, find_weights
+
+__all__ = ["export", "pull", "weights"]
+
+_DEMO_WEIGHTS = Path(__file__).resolve().parents[1] / "demo_weights"
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """`320`, or height x width as `320x512`."""
+    if value is None:
+        return None
+    height, _, width = value.partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError as exc:
+        raise click.BadParameter(f"{value!r} is not a size; write 320, or height x width: 320x512") from exc
+
+
+@click.command()
+@click.argument("name")
+@click.option("--weights", "checkpoint", type=_FILE, help="A .pth, .pt or .safetensors of these weights.")
+@click.option("--onnx", "onnx_path", type=_FILE, help="A float32 .onnx instead, e.g. one of rembg's assets.")
+@click.option(
+    "--model-repository", type=_FOLDER, default=Path("model_repository"), show_default=True, help="Where to write."
+)
+@click.option("--name", "model", metavar="NAME", help="Name that clients will call.  [default: the weights' name]")
+@click.option(
+    "--size",
+    callback=_parse_size,
+    metavar="SIZE",
+    help="Input size: 320, or height x width: 320x512.  [default: what the weights expect]",
+)
+@click.option("--max-batch-size", type=click.IntRange(1, 256), default=8, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def export(
+    name: str,
+    checkpoint: Path | None,
+    onnx_path: Path | None,
+    model_repository: Path,
+    model: str | None,
+    size: tuple[int, int] | None,
+    max_batch_size: int,
+    as_json: bool,
+) -> None:
+    r"""Make a servable model from weights, and verify it on the way.
+
+    NAME is an entry of `matteserve weights`. Without --weights and --onnx, the file that `matteserve pull NAME` fetched
+    is taken. Nothing is written unless the result equals its reference.
+
+    \b
+    Examples:
+        matteserve pull u2netp && matteserve export u2netp
+        matteserve export u2netp --weights u2netp.pth
+        matteserve export u2netp --onnx u2netp.onnx --name my-model
+    """
+    _log_to_stderr()
+    with _errors_for_people():
+        entry = find_weights(name)
+        kind, path = _locate(entry, checkpoint, onnx_path)
+        try:
+            from matteserve_export.pipeline import ExportConfig, export_model
+        except ModuleNotFoundError as exc:
+            raise ExportError(
+                f"the exporter needs {exc.name}, which is not installed: pip install 'matteserve[export]'"
+            ) from exc
+        result = export_model(
+            ExportConfig(
+                weights=entry,
+                kind=kind,
+                path=path,
+                model_repository=model_repository,
+                model=model or entry.name,
+                size=size,
+                max_batch_size=max_batch_size,
+            )
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    contract = result.contract
+    click.echo(f"model    {result.model}: {contract.height}x{contract.width}, max_batch_size {contract.max_batch_size}")
+    click.echo(f"engine   {result.engine}: {result.onnx_bytes / 2**20:.1f} MiB, {result.engine_path}")
+    click.echo(f"weights  {contract.weights}: licence {contract.weights_licence}, sha256 {contract.weights_sha256}")
+    for comparison in result.parity:
+        click.echo(comparison.line())
+    click.echo(f"serve it: matteserve serve --model-repository {model_repository} --model {result.model}")
+
+
+@click.command()
+@click.argument("name")
+@click.option("--directory", type=_FOLDER, help="Where to put the file.  [default: the cache]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def pull(name: str, directory: Path | None, as_json: bool) -> None:
+    r"""Fetch released weights, check them, and keep them in the cache.
+
+    NAME is an entry of `matteserve weights`. An interrupted download is continued. The cache is $MATTESERVE_CACHE, or
+    the user's XDG cache.
+
+    \b
+    Example:
+        matteserve pull u2netp
+    """
+    _log_to_stderr()
+    with _errors_for_people():
+        entry = find_weights(name)
+        click.echo(f"{entry.name}: licence of the weights: {entry.weights_licence}. {entry.note}", err=True)
+        expected = entry.downloadable.size_bytes if entry.downloadable else None
+        with click.progressbar(length=expected or 0, label=entry.name, file=sys.stderr) as bar:
+
+            def progress(done: int, total: int | None) -> None:
+                bar.length = total or 0
+                bar.update(done - bar.pos)
+
+            source, path = pull_weights(entry, directory or cache_directory(), progress)
+    if as_json:
+        click.echo(json.dumps({"name": entry.name, "path": str(path), **asdict(source)}, indent=2))
+    else:
+        click.echo(path)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")
+def weights(as_json: bool) -> None:
+    r"""List the known weights: size, sources, licences.
+
+    \b
+    Example:
+        matteserve weights --json
+    """
+    if as_json:
+        click.echo(json.dumps([_plain(entry) for entry in REGISTRY.values()], indent=2, ensure_ascii=False))
+        return
+    header = ("name", "architecture", "size", "files", "pull", "licence", "note")
+    table = [header, *(_row(entry) for entry in REGISTRY.values())]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header) - 1)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        click.echo("  ".join([*cells, row[-1]]).rstrip())
+
+
+def _plain(entry: Weights) -> dict[str, object]:
+    """An entry as plain data."""
+    plain = {name: getattr(entry, name) for name in entry.__dataclass_fields__}
+    sources = [asdict(source) for source in entry.sources]
+    return {**plain, "options": dict(entry.options), "sources": sources}
+
+
+def _row(entry: Weights) -> tuple[str, ...]:
+    height, width = entry.input_size
+    source = entry.downloadable
+    size = f"{source.size_bytes / 1e6:.1f} MB" if source and source.size_bytes else ("yes" if source else "by hand")
+    return (
+        entry.name,
+        entry.architecture,
+        f"{height}x{width}",
+        " ".join(source.file_name for source in entry.sources),
+        size,
+        entry.weights_licence + (" (non-commercial)" if entry.non_commercial else ""),
+        entry.note,
+    )
+
+
+def _locate(entry: Weights, checkpoint: Path | None, onnx_path: Path | None) -> tuple[SourceKind, Path]:
+    """The file to export: named by an option, bundled with the source tree, or in the cache."""
+    if checkpoint is not None and onnx_path is not None:
+        raise ExportError("--weights and --onnx exclude each other; give one of them")
+    if checkpoint is not None:
+        return "checkpoint", checkpoint
+    if onnx_path is not None:
+        return "onnx", onnx_path
+    folders = (_DEMO_WEIGHTS, cache_directory())
+    for folder in folders:
+        found = find_cached(entry, folder)
+        if found is not None:
+            return found
+    names = " or ".join(source.file_name for source in entry.sources)
+    how = f"run `matteserve pull {entry.name}`, or " if entry.downloadable else ""
+    raise ExportError(
+        f"{entry.name}: no {names} in {' or '.join(map(str, folders))}; {how}give the file with --weights or --onnx"
+    )
+
+
+def _log_to_stderr() -> None:
+    """Show the exporter's log, and nobody else's, on stderr."""
+    logger = logging.getLogger("matteserve_export")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+
+
+@contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """Print our own errors as one message instead of a traceback."""
+    try:
+        yield
+    except MatteserveError as exc:
+        raise click.ClickException(str(exc)) from exc
