@@ -1,0 +1,107 @@
+"""From the model's answer to an alpha of the picture's size, and the cut-out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from matteserve_client._contract import ModelContract
+from matteserve_client._images import Picture
+from matteserve_client._preprocess import FILTERS, Parity
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one call went, in seconds.
+
+    Attributes:
+        decode: Reading and decoding the picture, up to upright RGB.
+        preprocess: Resizing it to the model's input.
+        request: From handing over the tensor to having the answer: network, queue and inference.
+        postprocess: Resizing the alpha to the picture's size.
+    """
+
+    decode: float
+    preprocess: float
+    request: float
+    postprocess: float
+
+    @property
+    def total(self) -> float:
+        """Sum of the parts."""
+        return self.decode + self.preprocess + self.request + self.postprocess
+
+
+@dataclass(frozen=True)
+class Matte:
+    """The alpha of one picture, and the picture for cutting it out.
+
+    Attributes:
+        model: Name of the model that made it.
+        timings: Where the time went.
+    """
+
+    model: str
+    timings: Timings
+    _alpha: Image.Image = field(repr=False)
+    _picture: Picture = field(repr=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the picture, upright."""
+        return self._picture.size
+
+    @cached_property
+    def alpha(self) -> NDArray[np.float32]:
+        """Alpha, shape (H, W), float32 in [0, 1], at the size of the upright picture."""
+        alpha: NDArray[np.float32] = np.asarray(self._alpha, np.float32) / np.float32(255)
+        return alpha
+
+    def alpha_image(self) -> Image.Image:
+        """Alpha as a new PIL image, mode "L", 0 to 255."""
+        return self._alpha.copy()
+
+    def cutout(self) -> Image.Image:
+        """The cut-out: a new PIL image, mode "RGBA", straight alpha.
+
+        RGB is the input's, untouched (also where alpha is 0), and so is its ICC profile, in `info["icc_profile"]`:
+        Pillow's PNG, TIFF and WebP writers store it by themselves.
+        """
+        cutout = self._picture.image.convert("RGBA")
+        cutout.putalpha(self._alpha)
+        profile = self._picture.icc_profile
+        cutout.info = {} if profile is None else {"icc_profile": profile}
+        return cutout
+
+
+def full_size_alpha(
+    answer: NDArray[np.uint8], picture: Picture, contract: ModelContract, *, parity: Parity | None = None
+) -> Image.Image:
+    """Bring the model's alpha to the picture's size and multiply the picture's own alpha into it.
+
+    With `parity="rembg"` the filter is Lanczos on the uint8 mask, as in rembg. rembg truncates its mask to uint8,
+    the server rounds, so the two differ by at most 1/255 before this step; after Lanczos, whose weights are partly
+    negative, by at most 2/255 at a few pixels next to hard edges and by at most 1/255 elsewhere.
+
+    Args:
+        answer: Alpha of the model, shape (height, width), uint8.
+        picture: The picture it belongs to.
+        contract: Gives the filter.
+        parity: Whose numerics to follow.
+
+    Returns:
+        Mode "L" at the picture's size, 0 to 255.
+    """
+    name = "lanczos" if parity == "rembg" else contract.alpha_resample
+    height, width = picture.size
+    alpha = Image.fromarray(answer)
+    if answer.shape != (height, width):
+        alpha = alpha.resize((width, height), FILTERS[name])
+    if picture.alpha is None:
+        return alpha
+    product = np.asarray(alpha, np.uint16) * np.asarray(picture.alpha, np.uint16)  # at most 65025
+    return Image.fromarray(((product + np.uint16(127)) // np.uint16(255)).astype(np.uint8))
