@@ -26,7 +26,11 @@ _INSTANCE = re.compile(r".+_\d+_\d+")
 _SERIOUS = re.compile(r"(?P<severity>[WEF])\d{4} \d\d:")
 _LEVELS = {"W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
 # Said at every start by a binary that was built for GPUs; harmless on a machine without one.
-_HARMLESS = ("CudaDriverHelper has not been initialized", "Unable to allocate pinned system memory")
+_HARMLESS = (
+    "CudaDriverHelper has not been initialized",
+    "failed to allocate pinned system memory",
+    "CUDA driver version is insufficient for CUDA runtime version",
+)
 _DRAINED = "All models are stopped"
 # Seconds that models get to release their memory after the last request was answered.
 _UNLOAD_TIMEOUT_S = 5.0
@@ -119,9 +123,12 @@ class TritonProcess:
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None
+        usage = False
         for line in self._process.stderr:
             line = line.rstrip()
-            if not line:
+            # After a wrong flag come hundreds of lines of help; the reason stands before them.
+            usage = usage or line.startswith("Usage:")
+            if usage or not line:
                 continue
             self._tail.append(line)
             if _DRAINED in line:

@@ -21,7 +21,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 # The stub marks a DLPack capsule that it took over with a name of its own where DLPack and numpy expect this one; numpy
-# then reports an error for every tensor. PyCapsule_SetName keeps the pointer only, so the text must outlive the capsule.
+# then reports an error for every tensor. PyCapsule_SetName keeps only the pointer: the text must outlive the capsule.
 _CONSUMED = ctypes.create_string_buffer(b"used_dltensor")
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_void_p]
