@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,23 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path, head: bytes) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as exc:
-        if "Unsupported global" in str(exc) or "Unsupported class" in str(exc):
-            raise CheckpointError(
-                f"{path}: the file holds pickled code besides tensors and was not loaded, as that would run it; ask "
-                "for a plain state dict, or convert it to .safetensors where you trust it"
-            ) from exc
-        if head.startswith(b"PK"):
-            raise CheckpointError(
-                f"{path}: a torch checkpoint that is damaged or cut short ({path.stat().st_size} bytes); fetch it again"
-            ) from exc
-        reason = str(exc).splitlines()[0][:120] if str(exc) else type(exc).__name__
-        raise CheckpointError(f"{path}: this is not a torch checkpoint, or it is cut short ({reason})") from exc
+    except Exception as exc:  # the unpickler raises whatever the bytes lead it to
+        raise CheckpointError(f"{path}: {_why_unreadable(path, head, exc)}") from exc
+
+
+def _why_unreadable(path: Path, head: bytes, exc: Exception) -> str:
+    size = path.stat().st_size
+    code = (
+        "the file holds pickled code besides tensors and was not loaded, as that would run it; ask for a plain state "
+        "dict, or convert it to .safetensors where you trust it"
+    )
+    if head.startswith(b"PK"):
+        if zipfile.is_zipfile(path) and isinstance(exc, pickle.UnpicklingError):
+            return code
+        return f"a torch checkpoint that is damaged or cut short ({size} bytes); fetch it again"
+    if head.startswith(b"\x80"):  # a bare pickle, torch's format before 1.6
+        return f"an old checkpoint that is cut short ({size} bytes), or {code}"
+    return "this is not a torch checkpoint; expected are a state dict saved by torch, or a .safetensors file"
 
 
 def _unwrap(loaded: Any) -> Any:

@@ -48,7 +48,7 @@ class PullConfig:
     """
 
     timeout_s: float = 30.0
-    attempts: int = 4
+    attempts: int = 3
     backoff_s: float = 1.0
     schemes: tuple[str, ...] = ("https",)
 
@@ -131,12 +131,15 @@ def _fetch(weights: Weights, source: Source, target: Path, progress: Progress, c
             except _InterruptedTransferError as exc:
                 if attempt == config.attempts:
                     have = part.stat().st_size
+                    if not have:
+                        part.unlink()
                     kept = f"; {have} bytes are kept, pull again to continue" if have else ""
                     reason = f"{source.address}: {exc}{kept}"
                     raise DownloadError(_by_hand(weights, target.parent, reason)) from exc
                 _LOG.warning("%s; trying again (%d of %d)", exc, attempt + 1, config.attempts)
                 time.sleep(config.backoff_s * 2 ** (attempt - 1))
             except urllib.error.HTTPError as exc:
+                part.unlink()
                 reason = f"{source.address}: the server answered {exc.code} {exc.reason}"
                 raise DownloadError(_by_hand(weights, target.parent, reason)) from exc
         stream.flush()
@@ -172,6 +175,7 @@ def _transfer(source: Source, stream: IO[bytes], part: Path, progress: Progress,
         with _open(source, headers, config) as response:
             _receive(response, source, stream, part, progress)
     except urllib.error.HTTPError as exc:
+        exc.close()
         if exc.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             stream.truncate(0)
             raise _InterruptedTransferError("the server has another file than the one begun; starting again") from exc
@@ -227,13 +231,13 @@ def _receive(response: Any, source: Source, stream: IO[bytes], part: Path, progr
     if total is not None and shutil.disk_usage(part.parent).free < total - done:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     progress(done, total)
-    while chunk := response.read(_CHUNK_BYTES):
-        stream.write(chunk)
-        done += len(chunk)
-        progress(done, total)
-        if total is not None and done > total:
-            break
-    stream.flush()
+    try:
+        while chunk := response.read(_CHUNK_BYTES):
+            stream.write(chunk)
+            done += len(chunk)
+            progress(done, total)
+    finally:
+        stream.flush()  # the next attempt asks the file for its size
     if total is not None and done < total:
         raise _InterruptedTransferError(f"the connection closed after {done} of {total} bytes")
 

@@ -30,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from matteserve_client import INPUT_NAME, OUTPUT_NAME
 from matteserve_export._errors import OnnxError
-from matteserve_export._session import run_model
+from matteserve_export._session import run_model, run_outputs
 from matteserve_export.to_onnx import BATCH_DIMENSION
 
 __all__ = ["FLAT_RANGE", "Core", "ServingConfig", "build_serving", "load_core", "prepare_core"]
@@ -127,8 +127,9 @@ def prepare_core(model: onnx.ModelProto, size: tuple[int, int] | None = None) ->
         raise OnnxError(f"the ONNX's first output has shape {list(shape)}; expected one map, [1, 1, {height}, {width}]")
     dynamic = onnx.ModelProto()
     dynamic.CopyFrom(model)
-    _set_batch(dynamic, None, height, width)
     try:
+        _scales_instead_of_sizes(dynamic, height, width)
+        _set_batch(dynamic, None, height, width)
         dynamic = onnxslim.slim(dynamic)
         batched = _rows_equal_singles(dynamic, height, width)
     except Exception as exc:  # onnxslim and ONNX Runtime raise classes of their own; a batch is then not provable
@@ -335,6 +336,38 @@ def _set_batch(model: onnx.ModelProto, batch: int | None, height: int, width: in
     shape = model.graph.output[0].type.tensor_type.shape
     if batch is None and shape.dim:
         shape.dim[0].dim_param = BATCH_DIMENSION
+
+
+def _scales_instead_of_sizes(model: onnx.ModelProto, height: int, width: int) -> None:
+    """Give every Resize by whole factors constant scales in place of sizes.
+
+    Public exports compute the sizes from the batch (a chain of Shape, Slice, Concat for every Resize), or have batch 1
+    written into them; scales know nothing of the batch. The shapes are those of a run with one picture.
+    """
+    resizes = [node for node in model.graph.node if node.op_type == "Resize" and len(node.input) == 4]
+    if not resizes:
+        return
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    names = dict.fromkeys(name for node in resizes for name in (node.input[0], node.output[0]))
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != model.graph.input[0].name)
+    picture = np.zeros((1, 3, height, width), np.float32)
+    shapes = {name: array.shape for name, array in run_outputs(probe, picture).items()}
+    shapes[model.graph.input[0].name] = picture.shape
+    for index, node in enumerate(resizes):
+        before, after = shapes[node.input[0]], shapes[node.output[0]]
+        if (
+            len(before) != 4
+            or before[:2] != after[:2]
+            or any(new % old for old, new in zip(before, after, strict=True))
+        ):
+            continue
+        scales = np.asarray([1, 1, after[2] // before[2], after[3] // before[3]], np.float32)
+        name = f"resize_scales_{index}"
+        model.graph.initializer.append(numpy_helper.from_array(scales, name))
+        del node.input[2:]
+        node.input.append(name)
 
 
 def _rows_equal_singles(model: onnx.ModelProto, height: int, width: int) -> bool:
