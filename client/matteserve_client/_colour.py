@@ -85,7 +85,7 @@ def _to_8_bit(samples: NDArray[Any], mode: str, what: str) -> Image.Image:
     top = next((top for top in tops if low >= 0 and high <= top), None)
     if top is not None:
         low, high = 0.0, top
-    scaled = (samples.astype(np.float64 if mode == "I" else np.float32) - low) * (255.0 / ((high - low) or 1.0))
+    scaled = (samples.astype(np.float64 if mode == "I" else np.float32) - low) * 255.0 / ((high - low) or 1.0)
     return Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8))
 
 

@@ -84,8 +84,9 @@ def full_size_alpha(
     """Bring the model's alpha to the picture's size and multiply the picture's own alpha into it.
 
     With `parity="rembg"` the filter is Lanczos on the uint8 mask, as in rembg. rembg truncates its mask to uint8,
-    the server rounds, so the two differ by at most 1/255 before this step; after Lanczos, whose weights are partly
-    negative, by at most 2/255 at a few pixels next to hard edges and by at most 1/255 elsewhere.
+    the server rounds, so the two differ by at most 1/255 before this step. Lanczos' weights are partly negative and
+    each of its two passes rounds, so after it single pixels can differ by up to 3/255, in masks that jump from one
+    pixel to the next; the mean difference stays below 1/255.
 
     Args:
         answer: Alpha of the model, shape (height, width), uint8.
