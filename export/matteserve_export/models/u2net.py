@@ -2,12 +2,12 @@
 
 Paper: Qin et al., "U²-Net: Going Deeper with Nested U-Structure for Salient Object Detection",
 Pattern Recognition 2020, https://arxiv.org/abs/2005.09007.
-Original repository: https://github.com/xuebinqin/U-2-Net (code Apache-2.0; the released weights are published there too).
+Original repository: https://github.com/xuebinqin/U-2-Net (code Apache-2.0; it links the released weights).
 
 Names, shapes and order of the state dict are those of the released checkpoints. What differs from the original code:
 
 - one residual U-block class, ``RSU``, covers RSU-7 to RSU-4 and the dilated RSU-4F;
-- ``forward`` returns the fused probability alone; ``side_logits`` gives all seven maps, before the sigmoid, for training;
+- ``forward`` returns the fused probability alone; ``side_logits`` all seven maps, before the sigmoid, for training;
 - sizes are read as plain numbers, so that an exported graph has a fixed height and width, a symbolic batch and no shape
   arithmetic. Any height and width work, odd ones too.
 """
@@ -26,11 +26,11 @@ __all__ = ["RSU", "U2Net", "u2net", "u2netp"]
 
 def _static_size(x: Tensor) -> tuple[int, int]:
     """Height and width of ``x`` as plain numbers."""
-    if not torch.jit.is_tracing():
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return x.shape[-2], x.shape[-1]
     # The tracer warns that the numbers become constants. That is what is wanted: the size is fixed per exported model.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         return int(x.shape[-2]), int(x.shape[-1])
 
 
@@ -43,9 +43,7 @@ def _upsample_to(x: Tensor, partner: Tensor) -> Tensor:
     if target_height % height == 0 and target_width % width == 0:
         # A constant factor keeps shape arithmetic out of the exported graph; the sampling points are the same.
         factor = (float(target_height // height), float(target_width // width))
-        return F.interpolate(
-            x, scale_factor=factor, mode="bilinear", align_corners=False, recompute_scale_factor=False
-        )
+        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False, recompute_scale_factor=False)
     return F.interpolate(x, size=(target_height, target_width), mode="bilinear", align_corners=False)
 
 
@@ -58,7 +56,8 @@ class ConvBNReLU(nn.Module):
         self.bn_s1 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn_s1(self.conv_s1(x)), inplace=True)
+        h: Tensor = self.bn_s1(self.conv_s1(x))
+        return F.relu(h, inplace=True)
 
 
 class RSU(nn.Module):
@@ -103,7 +102,7 @@ class RSU(nn.Module):
         for level in range(self.depth - 1, 0, -1):
             skip = skips.pop()
             h = self.get_submodule(f"rebnconv{level}d")(torch.cat((_upsample_to(h, skip), skip), 1))
-        return h + residual
+        return torch.add(h, residual)
 
 
 class _Stage(NamedTuple):
@@ -153,7 +152,7 @@ class U2Net(nn.Module):
             h = self.get_submodule(f"stage{number}")(h)
             skips.append(h)
 
-        sides = [self.side6(skips.pop())]
+        sides: list[Tensor] = [self.get_submodule("side6")(skips.pop())]
         for number in range(5, 0, -1):
             skip = skips.pop()
             h = self.get_submodule(f"stage{number}d")(torch.cat((_upsample_to(h, skip), skip), 1))

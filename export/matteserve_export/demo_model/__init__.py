@@ -1,0 +1,1 @@
+"""The bundled demonstration model: generated scenes with exact alpha, its training and its evaluation."""
