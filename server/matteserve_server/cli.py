@@ -33,6 +33,7 @@ from matteserve_server.options import ServerOptions
 @click.option("--http-port", type=int, help="Also listen for HTTP; off by default, it can delay a clean exit.")
 @click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime threads per model instance.")
 @click.option("--exit-timeout-s", default=30.0, show_default=True, help="Seconds for requests in flight at the end.")
+@click.option("--probe-interval-s", default=2.0, show_default=True, help="Between probes of an idle model; 0: never.")
 @click.option("--tritonserver", type=click.Path(path_type=Path), help="The program to run, if not the one found.")
 @click.option("-v", "--verbose", is_flag=True, help="Show all of Triton's log, not only warnings and errors.")
 def serve(
@@ -44,6 +45,7 @@ def serve(
     http_port: int | None,
     threads: int | None,
     exit_timeout_s: float,
+    probe_interval_s: float,
     tritonserver: Path | None,
     verbose: bool,
     extra_arguments: tuple[str, ...],
@@ -70,6 +72,7 @@ def serve(
             http_port=http_port,
             threads=threads,
             exit_timeout_s=exit_timeout_s,
+            probe_interval_s=probe_interval_s,
             tritonserver=tritonserver,
             verbose=verbose,
             extra_arguments=extra_arguments,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -49,10 +49,16 @@ class EngineStatistics:
 
 
 class Control:
-    """Operator's connection to one server; threads may share it."""
+    """Operator's connection to one server; threads may share it.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: `host:port` of its gRPC endpoint.
+        headers: Sent with every call, such as the key of a restricted protocol.
+    """
+
+    def __init__(self, address: str, headers: Mapping[str, str] | None = None) -> None:
         self._client = triton.InferenceServerClient(address)
+        self._headers = dict(headers or {})
 
     def close(self) -> None:
         """Close the connection."""
@@ -92,7 +98,7 @@ class Control:
         Raises:
             ModelLoadError: It does not load.
         """
-        response = self._client.get_model_config(model, client_timeout=_CALL_TIMEOUT_S)
+        response = self._client.get_model_config(model, headers=self._headers, client_timeout=_CALL_TIMEOUT_S)
         config: dict[str, Any] = json.loads(
             json_format.MessageToJson(response.config, preserving_proto_field_name=True)
         )
@@ -103,16 +109,16 @@ class Control:
 
     def config(self, model: str) -> Any:
         """The `inference.ModelConfig` of a loaded model."""
-        return self._client.get_model_config(model, client_timeout=_CALL_TIMEOUT_S).config
+        return self._client.get_model_config(model, headers=self._headers, client_timeout=_CALL_TIMEOUT_S).config
 
     def loaded_models(self) -> list[str]:
         """Names of the models that are ready."""
-        index = self._client.get_model_repository_index(client_timeout=_CALL_TIMEOUT_S)
+        index = self._client.get_model_repository_index(headers=self._headers, client_timeout=_CALL_TIMEOUT_S)
         return sorted({model.name for model in index.models if model.state == "READY"})
 
     def statistics(self, model: str) -> EngineStatistics:
         """The counters of a loaded model."""
-        response = self._client.get_inference_statistics(model, client_timeout=_CALL_TIMEOUT_S)
+        response = self._client.get_inference_statistics(model, headers=self._headers, client_timeout=_CALL_TIMEOUT_S)
         versions = response.model_stats
         return EngineStatistics(
             inferences=sum(v.inference_count for v in versions),
@@ -130,20 +136,20 @@ class Control:
             timeout_s: Seconds to wait.
         """
         try:
-            self._client.infer(config.name, _probe_inputs(config), client_timeout=timeout_s)
+            self._client.infer(config.name, _probe_inputs(config), headers=self._headers, client_timeout=timeout_s)
         except InferenceServerException as exc:
             return _health_of(exc)
         return Health.WELL
 
     def _load(self, model: str, timeout_s: float, config: str | None = None) -> None:
         try:
-            self._client.load_model(model, config=config, client_timeout=timeout_s)
+            self._client.load_model(model, config=config, headers=self._headers, client_timeout=timeout_s)
         except InferenceServerException as exc:
             raise ModelLoadError(f"model {model!r} does not load: {exc.message()}") from exc
 
     def _is_live(self) -> bool:
         try:
-            return bool(self._client.is_server_live(client_timeout=1.0))
+            return bool(self._client.is_server_live(headers=self._headers, client_timeout=1.0))
         except InferenceServerException:
             return False
 

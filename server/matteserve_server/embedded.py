@@ -116,7 +116,7 @@ class EmbeddedServer:
             environment["MATTESERVE_ORT_THREADS"] = str(self.options.threads)
         logger.debug("starting %s (%s)", " ".join(command), binary.source)
         process = self._process = TritonProcess(command, environment, shm_prefix)
-        control = self._control = Control(_reachable(self.address))
+        control = self._control = Control(_reachable(self.address), self.options.control_headers())
         deadline = time.monotonic() + self.options.start_timeout_s
         try:
             control.wait_until_live(self.options.start_timeout_s, lambda: process.poll() is None)

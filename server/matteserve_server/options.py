@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matteserve_server.binary import TritonBinary
+
+_RESTRICTION = re.compile(r"--grpc-restricted-protocol=[^:]+:(?P<key>[^=]+)=(?P<value>.+)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class ServerOptions:
         for name in ("start_timeout_s", "exit_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be positive")
+
+    def control_headers(self) -> dict[str, str]:
+        """Headers with which the operator's own calls pass the `--grpc-restricted-protocol` of `extra_arguments`."""
+        restrictions = (_RESTRICTION.fullmatch(argument) for argument in self.extra_arguments)
+        return {f"triton-grpc-protocol-{found['key']}": found["value"] for found in restrictions if found}
 
     def command(self, binary: TritonBinary, *, backend_directory: Path | None, shm_prefix: str) -> list[str]:
         """The command line of `tritonserver`.

@@ -265,6 +265,23 @@ def test_wrong_output_shape_fails_the_request_and_not_the_server(tmp_path: Path)
         assert server.control.loaded_models() == ["tiny", ENGINE]
 
 
+def test_restricted_model_control_is_for_the_supervisor_only(repository: Path) -> None:
+    restriction = "--grpc-restricted-protocol=model-repository:admin-key=secret"
+    with EmbeddedServer(options(repository, extra_arguments=(restriction,))) as server:
+        image = random_images(1)
+        np.testing.assert_array_equal(infer(server, image), image[..., 0])
+        with (
+            triton.InferenceServerClient(server.address) as client,
+            pytest.raises(InferenceServerException, match="This protocol is restricted"),
+        ):
+            client.unload_model("tiny")
+        (pid,) = server.process.stubs()
+        os.kill(pid, signal.SIGKILL)
+        assert server.supervisor is not None
+        recoveries = server.supervisor.recoveries
+        wait_for(lambda: len(recoveries) == 1)
+
+
 def test_methods_before_start_say_so(repository: Path) -> None:
     server = EmbeddedServer(options(repository))
     for use in (lambda: server.control, lambda: server.process):

@@ -53,3 +53,9 @@ def test_extra_arguments_come_last() -> None:
 def test_impossible_options(option: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flags(**{option: value})
+
+
+def test_restricted_protocols_give_the_operator_their_key() -> None:
+    arguments = ("--grpc-restricted-protocol=model-repository,statistics:admin-key=se=cret", "--log-verbose=1")
+    options = ServerOptions(Path("/models"), extra_arguments=arguments)
+    assert options.control_headers() == {"triton-grpc-protocol-admin-key": "se=cret"}
