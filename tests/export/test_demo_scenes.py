@@ -126,7 +126,7 @@ def test_blur_has_the_width_asked_for_and_keeps_the_sum(sigma: float) -> None:
     assert (blurred.sum(0) * offset).sum() == pytest.approx(0.0, abs=1e-3)
     assert np.sqrt((blurred.sum(0) * offset**2).sum()) == pytest.approx(
         sigma, rel=0.3
-    )  # mixed widths run a little wide
+    )
 
 
 def test_blur_of_nothing_changes_nothing() -> None:
