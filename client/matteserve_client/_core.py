@@ -173,11 +173,11 @@ class Core:
         aliases: list[str] = []
         others: list[str] = []
         for name in (status.name for status in statuses if status.ready):
-            config = yield ReadConfig(name, limit)
             try:
+                config = yield ReadConfig(name, limit)
                 contract = ModelContract.from_config(config)
-            except ContractError:
-                continue  # some other model of this server, none of ours
+            except (ContractError, ModelNotFoundError):
+                continue  # some other model of this server, none of ours; or unloaded since
             self._contracts[name] = contract
             (aliases if config.platform == "ensemble" else others).append(name)
         candidates = aliases or others

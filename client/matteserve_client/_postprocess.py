@@ -69,7 +69,7 @@ class Matte:
         """The cut-out: a new PIL image, mode "RGBA", straight alpha.
 
         RGB is the input's, untouched (also where alpha is 0), and so is its ICC profile, in `info["icc_profile"]`:
-        Pillow's PNG, TIFF and WebP writers store it by themselves.
+        Pillow's PNG and TIFF writers store it by themselves, to the WebP writer pass it as `icc_profile=`.
         """
         cutout = self._picture.image.convert("RGBA")
         cutout.putalpha(self._alpha)

@@ -46,7 +46,7 @@ class FakeTransport:
         self.extra_statuses: list[ModelStatus] = []
         self.answer: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = green
         self.delay_s = 0.0
-        self.hold: threading.Event | None = None
+        self.hold: Callable[[NDArray[np.uint8]], bool] = lambda images: False
         self.calls: list[tuple[str, Any]] = []
         self.is_ready: bool | Exception = True
         self.closed = False
@@ -64,8 +64,8 @@ class FakeTransport:
         def work() -> None:
             try:
                 time.sleep(self.delay_s)
-                while self.hold is not None and not self.hold.wait(0.01) and not pending.cancelled():
-                    pass
+                while self.hold(image) and not pending.cancelled():
+                    time.sleep(0.002)
                 result: Any = self.answer(image)
             except Exception as exc:
                 result = exc
@@ -133,6 +133,7 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self) -> None:
         self.configs = {"demo": make_config()}
+        self.index = [("demo", "1", "READY", "")]
         self.status: tuple[grpc.StatusCode, str] | None = None
         self.delay_s = 0.0
         self.started = threading.Event()
@@ -168,10 +169,8 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._enter(context)
         response = service_pb2.RepositoryIndexResponse()
-        response.models.add(name="zebra", version="1", state="UNAVAILABLE", reason="failed to load")
-        response.models.add(name="zebra", version="2", state="READY", reason="")
-        response.models.add(name="broken", version="1", state="UNAVAILABLE", reason="no such file")
-        response.models.add(name="idle", version="", state="", reason="")
+        for name, version, state, reason in self.index:
+            response.models.add(name=name, version=version, state=state, reason=reason)
         return response
 
     def ServerReady(self, request: Any, context: grpc.ServicerContext) -> Any:

@@ -335,6 +335,12 @@ def test_answer_without_the_alpha(kind: str, grpc_server: Any, mangle: Any) -> N
 
 
 def test_index_has_one_entry_per_model(grpc_server: Any) -> None:
+    grpc_server.servicer.index = [
+        ("zebra", "1", "UNAVAILABLE", "failed to load"),
+        ("zebra", "2", "READY", ""),
+        ("broken", "1", "UNAVAILABLE", "no such file"),
+        ("idle", "", "", ""),
+    ]
     with Client(grpc_server.address) as client:
         assert client.models() == [
             ModelStatus("broken", False, "no such file"),
