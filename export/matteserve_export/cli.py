@@ -65,7 +65,7 @@ def export(
     max_batch_size: int,
     as_json: bool,
 ) -> None:
-    r"""Make a servable model from weights, and verify it on the way.
+    """Make a servable model from weights, and verify it on the way.
 
     NAME is an entry of `matteserve weights`. Without --weights and --onnx, the file that `matteserve pull NAME` fetched
     is taken. Nothing is written unless the result equals its reference.
@@ -114,7 +114,7 @@ def export(
 @click.option("--directory", type=_FOLDER, help="Where to put the file.  [default: the cache]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def pull(name: str, directory: Path | None, as_json: bool) -> None:
-    r"""Fetch released weights, check them, and keep them in the cache.
+    """Fetch released weights, check them, and keep them in the cache.
 
     NAME is an entry of `matteserve weights`. An interrupted download is continued. The cache is $MATTESERVE_CACHE, or
     the user's XDG cache.
@@ -144,7 +144,7 @@ def pull(name: str, directory: Path | None, as_json: bool) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is known, as JSON.")
 def weights(as_json: bool) -> None:
-    r"""List the known weights: size, sources, licences.
+    """List the known weights: size, sources, licences.
 
     \b
     Example:

@@ -27,6 +27,7 @@ __all__ = [
     "normalise",
     "reference_alpha",
     "require",
+    "run_maps",
 ]
 
 LEVEL = 1 / 255
@@ -111,33 +112,39 @@ def require(comparison: Comparison) -> Comparison:
     return comparison
 
 
-def compare_core(core: Runner, reference: Runner, images: NDArray[np.uint8], config: ServingConfig) -> Comparison:
-    """Compare a core with its reference, picture by picture.
+def run_maps(model: Runner, images: NDArray[np.uint8], config: ServingConfig) -> NDArray[Any]:
+    """Run a core or a reference picture by picture.
 
     Args:
-        core: Pixel values [1, 3, H, W] float32 → map [1, 1, H, W].
-        reference: The same, e.g. the torch network.
+        model: Pixel values [1, 3, H, W] float32 → map [1, 1, H, W] or [1, H, W].
         images: RGB, [N, H, W, 3] uint8.
-        config: Normalisation; and whether the maps are logits.
+        config: Normalisation.
+
+    Returns:
+        Maps, [N, 1, H, W] or [N, H, W].
     """
-    rows = [normalise(image[None], config) for image in images]
-    ours = np.concatenate([core(row) for row in rows])
-    theirs = np.concatenate([reference(row) for row in rows])
+    return np.concatenate([model(normalise(image[None], config)) for image in images])
+
+
+def compare_core(maps: NDArray[Any], reference_maps: NDArray[Any], config: ServingConfig) -> Comparison:
+    """Compare the maps of a core with those of its reference, both as `run_maps` gives them."""
     threshold = 0.0 if config.sigmoid else 0.5
-    return _compare("core ONNX vs reference", ours, theirs, CORE_GATE, threshold)
+    return _compare("core ONNX vs reference", maps, reference_maps, CORE_GATE, threshold)
 
 
-def compare_serving(serving: Runner, reference: Runner, images: NDArray[np.uint8], config: ServingConfig) -> Comparison:
+def compare_serving(
+    serving: Runner, reference_maps: NDArray[Any], images: NDArray[np.uint8], config: ServingConfig
+) -> Comparison:
     """Compare the serving graph with the reference and numpy around it, from the same uint8 pictures.
 
     Args:
         serving: Pictures [1, H, W, 3] uint8 → alpha [1, H, W] uint8.
-        reference: Pixel values [1, 3, H, W] float32 → map [1, 1, H, W].
+        reference_maps: What `run_maps` gives for the reference and these pictures.
         images: RGB, [N, H, W, 3] uint8.
         config: What the serving graph was built with.
     """
     ours = np.concatenate([serving(image[None]) for image in images])
-    theirs = np.concatenate([reference_alpha(reference(normalise(image[None], config)), config) for image in images])
+    theirs = reference_alpha(reference_maps, config)
     return _compare("serving ONNX vs reference", _unit(ours), _unit(theirs), SERVING_GATE, 0.5)
 
 

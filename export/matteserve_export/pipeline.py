@@ -29,6 +29,7 @@ from matteserve_export.compare import (
     compare_serving,
     make_scenes,
     require,
+    run_maps,
 )
 from matteserve_export.models import MODEL_BUILDERS, build_model
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
@@ -221,10 +222,12 @@ def _gates(
     max_batch_size: int,
 ) -> tuple[Comparison, ...]:
     """Compare every stage with the one before; raise at the first that fails."""
+    images = scenes[:_SCENES]
+    reference_maps = run_maps(reference, images, wrap)
     run_serving = make_runner(serving)
     parity = [
-        require(compare_core(make_runner(core.model), reference, scenes[:_SCENES], wrap)),
-        require(compare_serving(run_serving, reference, scenes[:_SCENES], wrap)),
+        require(compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap)),
+        require(compare_serving(run_serving, reference_maps, images, wrap)),
     ]
     if max_batch_size > 1:
         sizes = range(1, min(max_batch_size, 8) + 1)

@@ -13,12 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matteserve_export.compare import make_scenes, normalise
-from matteserve_export.models import build_model
+from matteserve_export.compare import make_scenes
+from matteserve_export.models import MODEL_BUILDERS, build_model
 from matteserve_export.serving import ServingConfig
+from support.conformance import fill
 
 SIZE = 64
 IMAGENET = ServingConfig((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Networks this small gain nothing from threads, and lose much where other processes keep the cores busy."""
+    torch.set_num_threads(1)
 
 
 class PublicStyle(nn.Module):
@@ -38,32 +45,33 @@ class PublicStyle(nn.Module):
         return torch.sigmoid(3 * full), self.side(h)
 
 
-def lively(name: str, seed: int) -> nn.Module:
-    """An architecture with random weights whose maps reach over most of 0..1.
-
-    Batch norms get the statistics of the scenes and the last layer a gain; with the default initialisation the maps
-    would be nearly flat, and a comparison of nearly flat maps sees little.
-    """
-    torch.manual_seed(seed)
-    model = build_model(name)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    pixel_values = torch.from_numpy(normalise(make_scenes(4, SIZE, SIZE, seed=9), IMAGENET))
-    with torch.no_grad():
-        model.train()
-        model(pixel_values)
-        model.eval()
-        logits = torch.logit(model(pixel_values), 1e-6)
-        gain = 2.0 / logits.std()
-        model.outconv.weight *= gain
-        model.outconv.bias.copy_((model.outconv.bias - logits.mean()) * gain)
+@pytest.fixture(scope="session")
+def lively_u2netp() -> nn.Module:
+    """U²-Net-P with weights whose maps reach over most of 0..1; nearly flat maps would prove little."""
+    model = build_model("u2netp")
+    fill(model, seed=3)
     return model
 
 
-@pytest.fixture(scope="session")
-def lively_u2netp() -> nn.Module:
-    return lively("u2netp", seed=1)
+class Tiny(nn.Module):
+    """As small as an architecture can be; for what does not depend on the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(x))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Registers the architecture "tiny"; returns a checkpoint for it."""
+    monkeypatch.setitem(MODEL_BUILDERS, "tiny", Tiny)
+    torch.manual_seed(3)
+    path = tmp_path / "tiny.pth"
+    torch.save(Tiny().state_dict(), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from matteserve_export.compare import (
     make_scenes,
     normalise,
     require,
+    run_maps,
 )
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
 
@@ -49,8 +50,8 @@ def _serve(core: Core, config: ServingConfig) -> Runner:
 
 def test_a_correct_graph_passes(core: Core, reference: Runner, config: ServingConfig, scenes: Images) -> None:
     for comparison in (
-        compare_core(make_runner(core.model), reference, scenes, config),
-        compare_serving(_serve(core, config), reference, scenes, config),
+        compare_core(run_maps(make_runner(core.model), scenes, config), run_maps(reference, scenes, config), config),
+        compare_serving(_serve(core, config), run_maps(reference, scenes, config), scenes, config),
         compare_batches(_serve(core, config), scenes, range(1, 9)),
     ):
         assert require(comparison) is comparison
@@ -71,7 +72,9 @@ def test_a_correct_graph_passes(core: Core, reference: Runner, config: ServingCo
 def test_a_wrong_wrap_fails(
     core: Core, reference: Runner, config: ServingConfig, scenes: Images, mistake: dict[str, Any]
 ) -> None:
-    comparison = compare_serving(_serve(core, dataclasses.replace(config, **mistake)), reference, scenes, config)
+    comparison = compare_serving(
+        _serve(core, dataclasses.replace(config, **mistake)), run_maps(reference, scenes, config), scenes, config
+    )
     assert not comparison.passed
     with pytest.raises(ParityError, match=r"^FAILED serving ONNX vs reference: .*; nothing was published$"):
         require(comparison)
@@ -79,7 +82,9 @@ def test_a_wrong_wrap_fails(
 
 def test_swapped_channels_fail(core: Core, reference: Runner, config: ServingConfig, scenes: Images) -> None:
     serving = _serve(core, config)
-    assert not compare_serving(lambda images: serving(images[..., ::-1].copy()), reference, scenes, config).passed
+    assert not compare_serving(
+        lambda images: serving(images[..., ::-1].copy()), run_maps(reference, scenes, config), scenes, config
+    ).passed
 
 
 def test_truncation_instead_of_rounding_fails(
@@ -92,7 +97,7 @@ def test_truncation_instead_of_rounding_fails(
         low, high = x.min(), x.max()
         return ((x - low) / (high - low) * 255).astype(np.uint8)
 
-    comparison = compare_serving(truncates, reference, scenes, config)
+    comparison = compare_serving(truncates, run_maps(reference, scenes, config), scenes, config)
     assert comparison.max_abs <= comparison.gate.max_abs
     assert not comparison.passed
 
@@ -107,15 +112,17 @@ def test_one_pixel_off_by_two_levels_fails(
         alpha[0, 5, 5] ^= 2
         return alpha
 
-    assert not compare_serving(off, reference, scenes, config).passed
+    assert not compare_serving(off, run_maps(reference, scenes, config), scenes, config).passed
 
 
 def test_other_weights_fail(core: Core, reference: Runner, config: ServingConfig, scenes: Images) -> None:
     def other(pixel_values: NDArray[Any]) -> NDArray[Any]:
         return reference(pixel_values * np.float32(1.01))
 
-    assert not compare_core(make_runner(core.model), other, scenes, config).passed
-    assert not compare_serving(_serve(core, config), other, scenes, config).passed
+    assert not compare_core(
+        run_maps(make_runner(core.model), scenes, config), run_maps(other, scenes, config), config
+    ).passed
+    assert not compare_serving(_serve(core, config), run_maps(other, scenes, config), scenes, config).passed
 
 
 def test_min_max_over_the_whole_batch_fails(core: Core, config: ServingConfig, scenes: Images) -> None:
@@ -135,24 +142,24 @@ def test_nan_fails(reference: Runner, config: ServingConfig, scenes: Images) -> 
         maps[0, 0, 0, 0] = np.nan
         return maps
 
-    comparison = compare_core(broken, reference, scenes, config)
+    comparison = compare_core(run_maps(broken, scenes, config), run_maps(reference, scenes, config), config)
     assert comparison.nan_share == pytest.approx(1 / 64**2)
     assert not comparison.passed
     with pytest.raises(ParityError, match="the reference itself is not finite"):
-        compare_serving(lambda images: images[..., 0], broken, scenes, config)
+        compare_serving(lambda images: images[..., 0], run_maps(broken, scenes, config), scenes, config)
 
 
 def test_other_shapes_fail(reference: Runner, config: ServingConfig, scenes: Images) -> None:
+    maps = run_maps(reference, scenes, config)
     with pytest.raises(ParityError, match="shapes differ"):
-        compare_core(lambda x: reference(x)[..., :32], reference, scenes, config)
+        compare_core(maps[..., :32], maps, config)
 
 
 def test_the_figures_are_exact() -> None:
-    images = np.zeros((1, 2, 2, 3), np.uint8)
     config = ServingConfig((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     ours = np.array([0.9, 0.9, 0.2, 0.0], np.float64).reshape(1, 1, 2, 2)
     theirs = np.array([0.9, 0.4, 0.2, 0.0], np.float64).reshape(1, 1, 2, 2)
-    comparison = compare_core(lambda _: ours, lambda _: theirs, images, config)
+    comparison = compare_core(ours, theirs, config)
     assert comparison.max_abs == pytest.approx(0.5)
     assert comparison.mean_abs == pytest.approx(0.125)
     assert comparison.iou == pytest.approx(0.5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from matteserve_export import OnnxError
-from matteserve_export.models import MODEL_BUILDERS, build_model
+from matteserve_export.models import build_model
 from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, describe_nodes, export_core
 
 
@@ -16,19 +16,13 @@ def _shape(value: onnx.ValueInfoProto) -> list[int | str]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-@pytest.mark.parametrize("name", MODEL_BUILDERS)
-def test_form_of_the_core(name: str) -> None:
-    core = export_core(build_model(name), ToOnnxConfig(64, 96))
+def test_form_of_the_core() -> None:
+    core = export_core(build_model("u2netp"), ToOnnxConfig(64, 96, output_name="logits"))
     assert [(v.name, _shape(v)) for v in core.graph.input] == [("pixel_values", ["batch", 3, 64, 96])]
-    assert [(v.name, _shape(v)) for v in core.graph.output] == [("probability", ["batch", 1, 64, 96])]
+    assert [(v.name, _shape(v)) for v in core.graph.output] == [("logits", ["batch", 1, 64, 96])]
     assert [(entry.domain, entry.version) for entry in core.opset_import] == [("", 17)]
     assert not {"Shape", "Gather", "If", "BatchNormalization", "Constant", "Identity"} & count_nodes(core).keys()
-
-
-def test_the_node_count_is_the_one_of_a_clean_graph() -> None:
-    core = export_core(build_model("u2netp"), ToOnnxConfig(64, 64, output_name="logits"))
     assert describe_nodes(core).startswith("365 nodes: Conv 119, Relu 112, Concat 51, ")
-    assert core.graph.output[0].name == "logits"
 
 
 def test_training_mode_is_refused() -> None:

@@ -1,0 +1,231 @@
+"""The repository writer: golden configurations, names, and folders that are never half written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from matteserve_client import ModelContract
+from matteserve_export import RepositoryError
+from matteserve_export.repository import (
+    DynamicBatching,
+    Engine,
+    InstanceGroup,
+    alias_config,
+    check_model_name,
+    engine_config,
+    to_pbtxt,
+    write_model,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def engine() -> Engine:
+    contract = ModelContract(
+        height=320,
+        width=320,
+        max_batch_size=8,
+        resample="bilinear",
+        alpha_resample="lanczos",
+        architecture="u2netp",
+        weights="u2netp",
+        weights_sha256="ab" * 32,
+        weights_licence="Apache-2.0",
+    )
+    return Engine("u2netp", contract, onnx=b"not really a graph", manifest={"schema_version": 1, "note": "ü"})
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(("build", "golden"), [(engine_config, "engine.pbtxt"), (alias_config, "alias.pbtxt")])
+def test_golden_configuration(engine: Engine, build: object, golden: str) -> None:
+    """After a wanted change: `python -m pytest tests/export/test_repository.py` shows the difference to take over."""
+    assert to_pbtxt(build(engine)) == (GOLDEN / golden).read_text(encoding="utf-8")
+
+
+def test_the_client_reads_the_contract_back(engine: Engine) -> None:
+    for config in (engine_config(engine), alias_config(engine)):
+        parsed = text_format.Parse(to_pbtxt(config), model_config_pb2.ModelConfig())
+        assert ModelContract.from_config(parsed) == engine.contract
+
+
+def test_settings_arrive(engine: Engine) -> None:
+    config = engine_config(
+        dataclasses.replace(
+            engine,
+            batching=DynamicBatching(max_queue_delay_us=5, max_queue_size=3, default_queue_timeout_us=7),
+            instances=InstanceGroup(count=2, kind="KIND_CPU"),
+        )
+    )
+    policy = config.dynamic_batching.default_queue_policy
+    assert config.dynamic_batching.max_queue_delay_microseconds == 5
+    assert (policy.max_queue_size, policy.default_timeout_microseconds, policy.allow_timeout_override) == (3, 7, True)
+    assert policy.timeout_action == model_config_pb2.ModelQueuePolicy.REJECT
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+
+
+def test_what_is_written(engine: Engine, tmp_path: Path) -> None:
+    repository = tmp_path / "deep" / "model_repository"
+    engine_path, alias_path = write_model(repository, engine)
+    assert (engine_path, alias_path) == (repository / "u2netp_onnx_fp32", repository / "u2netp")
+    assert sorted(_files(repository)) == [
+        "u2netp/1/.gitkeep",
+        "u2netp/config.pbtxt",
+        "u2netp_onnx_fp32/1/manifest.json",
+        "u2netp_onnx_fp32/1/model.onnx",
+        "u2netp_onnx_fp32/config.pbtxt",
+    ]
+    assert (engine_path / "1" / "model.onnx").read_bytes() == engine.onnx
+    assert json.loads((engine_path / "1" / "manifest.json").read_text(encoding="utf-8")) == engine.manifest
+    assert [child.name for child in repository.parent.iterdir()] == ["model_repository"]  # no staging left
+
+
+def test_a_new_export_replaces_and_keeps_what_is_not_ours(engine: Engine, tmp_path: Path) -> None:
+    engine_path, alias_path = write_model(tmp_path / "r", engine)
+    for path in (engine_path, alias_path):
+        (path / "configs").mkdir()
+        (path / "configs" / "cpu.pbtxt").write_text("# mine")
+        (path / "NOTES.txt").write_text("mine too")
+    write_model(tmp_path / "r", dataclasses.replace(engine, onnx=b"new"))
+    for path in (engine_path, alias_path):
+        assert (path / "configs" / "cpu.pbtxt").read_text() == "# mine"
+        assert (path / "NOTES.txt").read_text() == "mine too"
+    assert (engine_path / "1" / "model.onnx").read_bytes() == b"new"
+
+
+def test_a_reader_never_finds_half_a_model(engine: Engine, tmp_path: Path) -> None:
+    """A reader that looks all the time finds one whole graph or another, or for an instant no folder."""
+    repository = tmp_path / "r"
+    write_model(repository, dataclasses.replace(engine, onnx=b"0" * 100_000, manifest={}))
+    mixed: list[str] = []
+    seen: set[bytes] = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            try:
+                onnx = (repository / engine.name / "1" / "model.onnx").read_bytes()
+            except OSError:
+                continue
+            seen.add(onnx[:1])
+            if len(onnx) != 100_000 or len(set(onnx)) != 1:
+                mixed.append(f"{len(onnx)} bytes of {set(onnx)}")
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for turn in range(30):
+            fill = str(turn % 10)
+            write_model(repository, dataclasses.replace(engine, onnx=fill.encode() * 100_000, manifest={}))
+    finally:
+        stop.set()
+        reader.join()
+    assert not mixed
+    assert len(seen) > 1
+
+
+_DISK_FULL = """
+import resource, sys
+from pathlib import Path
+from matteserve_client import ModelContract
+from matteserve_export import RepositoryError
+from matteserve_export.repository import Engine, write_model
+contract = ModelContract(32, 32, 1, "bilinear", "bilinear", "a", "w")
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    write_model(Path(sys.argv[1]), Engine("u2netp", contract, b"x" * 100_000, {}))
+except RepositoryError as exc:
+    print(exc)
+"""
+
+
+def test_no_room_leaves_the_old_model(engine: Engine, tmp_path: Path) -> None:
+    """The kernel refuses the write in the middle of the file, as it does on a full disk."""
+    repository = tmp_path / "r"
+    write_model(repository, engine)
+    before = _files(tmp_path)
+    out = subprocess.run(
+        [sys.executable, "-c", _DISK_FULL, str(repository)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert "cannot write model 'u2netp': File too large; the repository is as it was" in out
+    assert _files(tmp_path) == before
+
+
+def test_a_move_that_fails_is_undone(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "r"
+    write_model(repository, engine)
+    before = _files(tmp_path)
+    rename = Path.rename
+
+    def fails_once_staged(self: Path, target: Path) -> Path:
+        if self.name == engine.name and self.parent != repository:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once_staged)
+    with pytest.raises(RepositoryError, match="Input/output error; the repository is as it was"):
+        write_model(repository, dataclasses.replace(engine, onnx=b"new"))
+    assert _files(tmp_path) == before
+
+
+def test_a_file_in_place_of_the_repository(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("")
+    with pytest.raises(RepositoryError, match=r"cannot write model 'u2netp': File exists"):
+        write_model(tmp_path / "r", engine)
+
+
+@pytest.mark.parametrize("name", ["u2netp", "u2netp_onnx_fp32"])
+@pytest.mark.parametrize("config", [None, 'platform: "ensemble"', "not protobuf text {"])
+def test_a_foreign_folder_is_not_touched(engine: Engine, tmp_path: Path, name: str, config: str | None) -> None:
+    (tmp_path / name).mkdir()
+    if config is not None:
+        (tmp_path / name / "config.pbtxt").write_text(config)
+    before = _files(tmp_path)
+    with pytest.raises(RepositoryError, match=r"was not written by `matteserve export`; .* --name"):
+        write_model(tmp_path, engine)
+    assert _files(tmp_path) == before
+
+
+def test_a_link_is_not_followed(engine: Engine, tmp_path: Path) -> None:
+    write_model(tmp_path / "elsewhere", engine)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "u2netp").symlink_to(tmp_path / "elsewhere" / "u2netp")
+    with pytest.raises(RepositoryError, match="was not written by"):
+        write_model(tmp_path / "r", engine)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/abs", "A", "a b", "-a", "_a", ".a", "ä", "a" * 65, "a\n"])
+def test_unusable_names(engine: Engine, name: str) -> None:
+    with pytest.raises(RepositoryError, match="allowed are 1 to 64 of a-z, 0-9"):
+        check_model_name(name)
+    with pytest.raises(RepositoryError):
+        dataclasses.replace(engine, model=name)
+
+
+@pytest.mark.parametrize("name", ["a", "u2netp", "birefnet-lite_2", "0", "a" * 64])
+def test_usable_names(name: str) -> None:
+    assert check_model_name(name) == name
+
+
+@pytest.mark.parametrize("field", ["max_queue_delay_us", "max_queue_size", "default_queue_timeout_us"])
+def test_negative_batching(field: str) -> None:
+    with pytest.raises(RepositoryError, match=f"{field} is -1, must not be negative"):
+        DynamicBatching(**{field: -1})
+
+
+def test_no_instances() -> None:
+    with pytest.raises(RepositoryError, match="count is 0, must be at least 1"):
+        InstanceGroup(count=0)
