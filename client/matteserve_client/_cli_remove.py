@@ -6,7 +6,9 @@ import io
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import click
 from PIL import Image, ImageColor
 
-from matteserve_client._client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
+from matteserve_client._client import CPU_WORKERS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
 from matteserve_client._errors import MatteserveError
 from matteserve_client._images import ImageSource
 from matteserve_client._preprocess import Parity
@@ -98,10 +100,16 @@ def remove(
     except ValueError as exc:
         raise click.BadParameter(str(exc), param_hint="--address") from exc
     todo = [job for job in jobs if job.error is None]
-    with client, _progress(todo) as progress:
-        # The jobs come first in zip: taking one too many of them costs nothing, taking a result would.
-        for job, result in zip(progress, client.remove_many(map(_source, todo), in_flight=in_flight), strict=False):
-            _finish(job, result, alpha_only, colour)
+    saving: deque[Future[None]] = deque()
+    # Encoding a large PNG takes longer than its request: it has threads of its own, and no more pictures than those.
+    with client, ThreadPoolExecutor(CPU_WORKERS) as savers, _progress(todo) as progress:
+        results = client.remove_many(map(_source, todo), in_flight=in_flight)
+        for job, result in zip(progress, results, strict=False):
+            saving.append(savers.submit(_finish, job, result, alpha_only, colour))
+            if len(saving) > CPU_WORKERS:
+                saving.popleft().result()
+        for saved in saving:
+            saved.result()
     _report(jobs, as_json, to_stdout)
 
 

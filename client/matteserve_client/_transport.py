@@ -50,7 +50,7 @@ def translate(
         timeout_s: Time limit of the call.
     """
     about = f"{address}, model {model!r}" if model else address
-    said = details.strip() or "no details"
+    said = details.removeprefix("[request id: <id_unknown>]").strip() or "no details"
     lowered = said.lower()
     status = grpc.StatusCode
     if code is status.DEADLINE_EXCEEDED:

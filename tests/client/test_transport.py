@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
 from matteserve_client import (
     AsyncClient,
@@ -111,7 +115,7 @@ def test_round_trip(kind: str, grpc_server: Any) -> None:
         ),
         (
             Code.INVALID_ARGUMENT,
-            "unexpected shape for input 'image'",
+            "[request id: <id_unknown>] unexpected shape for input 'image'",
             InvalidRequestError,
             "{address}, model 'demo': the server refused the request (unexpected shape for input 'image')",
         ),
@@ -214,8 +218,6 @@ def test_server_goes_away_during_the_request(kind: str, grpc_server: Any) -> Non
 
 
 def test_server_that_comes_back_is_found_within_seconds(grpc_server: Any, free_port: int) -> None:
-    from tritonclient.grpc import service_pb2_grpc
-
     with Client(f"127.0.0.1:{free_port}", model="demo") as client:
         for _ in range(3):
             assert client.ready() is False
@@ -414,3 +416,42 @@ def test_tls_options_belong_together() -> None:
 def test_tls_file_that_is_not_there() -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.pem"):
         Client("localhost:8001", tls=TlsOptions(root_ca="absent.pem"))
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    """A self-signed certificate for localhost and its key, as PEM files."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("makes its certificate with the openssl program, which is not installed")
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    command = [openssl, "req", "-x509", *kind, *name, "-keyout", key, "-out", cert]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return cert, key
+
+
+def test_mutual_tls(grpc_server: Any, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    chain, private = Path(cert).read_bytes(), Path(key).read_bytes()
+    credentials = grpc.ssl_server_credentials([(private, chain)], root_certificates=chain, require_client_auth=True)
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(grpc_server.servicer, server)
+    address = f"localhost:{server.add_secure_port('localhost:0', credentials)}"
+    server.start()
+    mutual = TlsOptions(root_ca=cert, client_cert=cert, client_key=key)
+    try:
+        with Client(address, tls=mutual) as client:
+            assert client.alpha(IMAGE).shape == (24, 32)
+        for wrong in (None, TlsOptions(), TlsOptions(root_ca=cert)):
+            with Client(address, tls=wrong) as client:
+                assert client.ready(timeout_s=5) is False
+
+        async def run() -> None:
+            async with AsyncClient(address, tls=mutual) as other:
+                assert (await other.alpha(IMAGE)).shape == (24, 32)
+
+        asyncio.run(run())
+    finally:
+        server.stop(None).wait()
