@@ -223,6 +223,7 @@ def _gates(
 ) -> tuple[Comparison, ...]:
     """Compare every stage with the one before; raise at the first that fails."""
     images = scenes[:_SCENES]
+    _LOG.info("comparing with the reference on %d pictures, and batches with single pictures", len(images))
     reference_maps = run_maps(reference, images, wrap)
     run_serving = make_runner(serving)
     parity = [
@@ -232,8 +233,6 @@ def _gates(
     if max_batch_size > 1:
         sizes = range(1, min(max_batch_size, 8) + 1)
         parity.append(require(compare_batches(run_serving, scenes, sizes)))
-    for comparison in parity:
-        _LOG.info("%s", comparison.line())
     return tuple(parity)
 
 

@@ -204,8 +204,7 @@ _ALL = (
         resample="bilinear",
         alpha_resample="bilinear",
         sigmoid=False,
-        # Trained on exact alpha, so the probability is the alpha; stretching would invent a foreground in empty images.
-        min_max=False,
+        min_max=True,
         code_licence="Apache-2.0",
         weights_licence="Apache-2.0",
         paper=_U2NET_PAPER,
