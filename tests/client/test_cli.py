@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import json
 import subprocess
@@ -21,6 +22,9 @@ from matteserve_client import __version__
 from matteserve_client import _cli as cli_module
 from matteserve_client._cli import cli
 
+# click < 8.2 mixes both streams unless told; later versions never do, and do not take the argument.
+_SEPARATE = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}
+RUNNER = CliRunner(**_SEPARATE)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PHOTO = np.random.default_rng(2).integers(0, 256, (24, 32, 3), np.uint8)  # the model's size: alpha is its green
 
@@ -28,7 +32,7 @@ PHOTO = np.random.default_rng(2).integers(0, 256, (24, 32, 3), np.uint8)  # the 
 @pytest.fixture
 def run(grpc_server: Any) -> Any:
     def run(command: str, *arguments: Any, **options: Any) -> Result:
-        return CliRunner().invoke(cli, [command, *map(str, arguments), "--address", grpc_server.address], **options)
+        return RUNNER.invoke(cli, [command, *map(str, arguments), "--address", grpc_server.address], **options)
 
     return run
 
@@ -217,14 +221,14 @@ def test_wrong_usage(
 
 def test_wrong_address(photo: Path) -> None:
     for arguments in (["remove", str(photo)], ["models"]):
-        result = CliRunner().invoke(cli, [*arguments, "--address", "http://localhost:8001"])
+        result = RUNNER.invoke(cli, [*arguments, "--address", "http://localhost:8001"])
         assert result.exit_code == 2
         assert "gRPC takes host:port without a scheme" in result.stderr
 
 
 def test_server_down_is_one_line(photo: Path) -> None:
     for arguments in (["remove", str(photo)], ["models"]):
-        result = CliRunner().invoke(cli, [*arguments, "--address", "127.0.0.1:1"])
+        result = RUNNER.invoke(cli, [*arguments, "--address", "127.0.0.1:1"])
         assert result.exit_code == 1
         assert result.stderr.startswith("Error: ")
         assert "127.0.0.1:1" in result.stderr
@@ -283,23 +287,23 @@ def test_no_models(run: Any, grpc_server: Any) -> None:
 
 
 def test_help_lists_everything_and_imports_nothing() -> None:
-    result = CliRunner().invoke(cli, ["--help"])
+    result = RUNNER.invoke(cli, ["--help"])
     assert result.exit_code == 0
     for name in ("remove", "models", "serve", "demo", "install-triton", "export", "pull", "weights", "bench"):
         assert f"\n  {name} " in result.output
-    assert CliRunner().invoke(cli, ["--version"]).output == f"matteserve, version {__version__}\n"
+    assert RUNNER.invoke(cli, ["--version"]).output == f"matteserve, version {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["remove", "models"])
 def test_every_help_has_an_example(command: str) -> None:
-    result = CliRunner().invoke(cli, [command, "--help"])
+    result = RUNNER.invoke(cli, [command, "--help"])
     assert result.exit_code == 0
     assert f"Examples:\n    matteserve {command}" in result.output
 
 
 def test_help_marks_missing_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else object())
-    output = " ".join(CliRunner().invoke(cli, ["--help"]).output.split())
+    output = " ".join(RUNNER.invoke(cli, ["--help"]).output.split())
     assert "Turn weights into a served model. (needs matteserve[export])" in output
     assert "(needs matteserve[server])" not in output
 
@@ -312,7 +316,7 @@ def test_missing_extra_at_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     (tmp_path / "trial_module.py").write_text("import surely_not_installed")
     monkeypatch.syspath_prepend(tmp_path)
     entry(monkeypatch, "trial_module:command", "export")
-    result = CliRunner().invoke(cli, ["trial"])
+    result = RUNNER.invoke(cli, ["trial"])
     assert result.exit_code == 1
     assert result.stderr == (
         "Error: `matteserve trial` needs the extra [export], module 'surely_not_installed' is not installed: "
@@ -334,14 +338,14 @@ def test_missing_module_while_running(monkeypatch: pytest.MonkeyPatch, module: s
 
     monkeypatch.setattr(cli_module, "trial", trial, raising=False)
     entry(monkeypatch, "matteserve_client._cli:trial", extra)
-    result = CliRunner().invoke(cli, ["trial"])
+    result = RUNNER.invoke(cli, ["trial"])
     assert result.exit_code == 1
     assert message in result.stderr
 
 
 def test_missing_module_without_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     entry(monkeypatch, "surely_not_installed:command", "")
-    result = CliRunner().invoke(cli, ["trial"])
+    result = RUNNER.invoke(cli, ["trial"])
     assert result.stderr == (
         "Error: `matteserve trial` needs the module 'surely_not_installed', which is not installed\n"
     )
@@ -354,11 +358,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli_module, "trial", trial, raising=False)
     entry(monkeypatch, "matteserve_client._cli:trial", "")
-    assert isinstance(CliRunner().invoke(cli, ["trial"]).exception, ModuleNotFoundError)
+    assert isinstance(RUNNER.invoke(cli, ["trial"]).exception, ModuleNotFoundError)
 
 
 def test_unknown_command() -> None:
-    result = CliRunner().invoke(cli, ["remvoe"])
+    result = RUNNER.invoke(cli, ["remvoe"])
     assert result.exit_code == 2
     assert "No such command 'remvoe'" in result.stderr
 
