@@ -20,8 +20,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -202,8 +202,7 @@ def write_model(repository: Path, engine: Engine) -> tuple[Path, Path]:
             (staged_alias / "1" / ".gitkeep").touch()
             _flush(staging)
             # The engine first: an alias must never point at nothing.
-            _replace(staged_engine, engine_path, staging / "old_engine")
-            _replace(staged_alias, alias_path, staging / "old_alias")
+            _replace_all([(staged_engine, engine_path), (staged_alias, alias_path)], staging)
     except OSError as exc:
         raise RepositoryError(
             f"{repository}: cannot write model {engine.model!r}: {exc.strerror or exc}; the repository is as it was. "
@@ -279,13 +278,14 @@ def _flush(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _replace(staged: Path, target: Path, old: Path) -> None:
-    """Move a staged folder to its place; what was there goes to `old`, and comes back if the move fails."""
-    if target.exists():
-        target.rename(old)
-    try:
-        staged.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
+def _replace_all(moves: Sequence[tuple[Path, Path]], staging: Path) -> None:
+    """Move staged folders to their places, all of them or none: what was there before comes back after a failure."""
+    with ExitStack() as undo:
+        for number, (staged, target) in enumerate(moves):
+            old = staging / f"old{number}"
+            if target.exists():
+                target.rename(old)
+                undo.callback(old.rename, target)
+            staged.rename(target)
+            undo.callback(target.rename, staged)
+        undo.pop_all()

@@ -164,18 +164,24 @@ def test_no_room_leaves_the_old_model(engine: Engine, tmp_path: Path) -> None:
     assert _files(tmp_path) == before
 
 
-def test_a_move_that_fails_is_undone(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", ["u2netp_onnx_fp32", "u2netp"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_move_that_fails_is_undone(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, exists: bool
+) -> None:
+    """Engine and alias change together or not at all."""
     repository = tmp_path / "r"
-    write_model(repository, engine)
+    if exists:
+        write_model(repository, engine)
     before = _files(tmp_path)
     rename = Path.rename
 
-    def fails_once_staged(self: Path, target: Path) -> Path:
-        if self.name == engine.name and self.parent != repository:
+    def fails(self: Path, target: Path) -> Path:
+        if Path(target) == repository / folder and self.name == folder:
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fails_once_staged)
+    monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(RepositoryError, match="Input/output error; the repository is as it was"):
         write_model(repository, dataclasses.replace(engine, onnx=b"new"))
     assert _files(tmp_path) == before
