@@ -124,9 +124,7 @@ def test_blur_has_the_width_asked_for_and_keeps_the_sum(sigma: float) -> None:
     offset = np.arange(61) - 30.0
     assert blurred.sum() == pytest.approx(1.0, abs=1e-4)
     assert (blurred.sum(0) * offset).sum() == pytest.approx(0.0, abs=1e-3)
-    assert np.sqrt((blurred.sum(0) * offset**2).sum()) == pytest.approx(
-        sigma, rel=0.3
-    )
+    assert np.sqrt((blurred.sum(0) * offset**2).sum()) == pytest.approx(sigma, rel=0.3)
 
 
 def test_blur_of_nothing_changes_nothing() -> None:

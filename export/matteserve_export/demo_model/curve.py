@@ -1,6 +1,6 @@
 """Draw the loss curve of a training run.
 
-    python -m matteserve_export.demo_model.curve docs/demo_model/loss.csv docs/demo_model/loss.png
+python -m matteserve_export.demo_model.curve docs/demo_model/loss.csv docs/demo_model/loss.png
 """
 
 from __future__ import annotations

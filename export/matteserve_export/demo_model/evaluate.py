@@ -127,10 +127,17 @@ def _drawn(model: torch.nn.Module, scene: Scene, size: int) -> tuple[NDArray[np.
 @click.option("--size", default=320, show_default=True, help="Height and width at which the network sees the picture.")
 @click.option("--count", default=500, show_default=True, help="Scenes to measure on; 0 measures nothing.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="PNG of results on the first 24 scenes.")
+@click.option("--samples", type=click.Path(path_type=Path), help="PNG of 24 training scenes with their alpha.")
 @click.option("--photo-sheet", type=click.Path(path_type=Path), help="PNG of results on the given photographs.")
 @click.argument("photos", nargs=-1, type=click.Path(path_type=Path, exists=True))
 def main(
-    weights: Path, size: int, count: int, sheet: Path | None, photo_sheet: Path | None, photos: tuple[Path, ...]
+    weights: Path,
+    size: int,
+    count: int,
+    sheet: Path | None,
+    samples: Path | None,
+    photo_sheet: Path | None,
+    photos: tuple[Path, ...],
 ) -> None:
     """Measure the demonstration model on unseen generated scenes (JSON on stdout).
 
@@ -139,7 +146,11 @@ def main(
     model = load_model(weights)
     if sheet is not None:
         scenes = [generate(EVALUATION_SEED, index, SCENE_SIZE) for index in range(24)]
-        contact_sheet([_drawn(model, scene, size) for scene in scenes], 12, 112).save(sheet)
+        contact_sheet([_drawn(model, scene, size) for scene in scenes], 12, 112).save(sheet, optimize=True)
+    if samples is not None:
+        scenes = [generate(1, index, 128) for index in range(24)]
+        shown = [(scene.image, [(scene.alpha / 255).astype(np.float32)]) for scene in scenes]
+        contact_sheet(shown, 12, 112).save(samples, optimize=True)
     if photo_sheet is not None:
         images = [np.array(Image.open(path).convert("RGB")) for path in photos]
         contact_sheet([(image, [predict(model, image, size)]) for image in images], 8, 180).save(photo_sheet)
