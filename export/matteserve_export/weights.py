@@ -198,7 +198,7 @@ _ALL = (
     Weights(
         name="demo",
         architecture="u2netp",
-        input_size=(320, 320),
+        input_size=(192, 192),
         mean=_IMAGENET_MEAN,
         std=_IMAGENET_STD,
         resample="bilinear",

@@ -164,7 +164,8 @@ def test_demo_writes_three_pictures_and_says_where_the_time_went(tmp_path: Path)
     assert (pictures["cutout"].mode, pictures["cutout"].size) == ("RGBA", (width, height))
     assert pictures["preview"].size == (3 * width, height)
     low, high = pictures["cutout"].getchannel("A").getextrema()
-    assert (low, high) == (0, 255), "a cut-out has both background and object"
+    assert low <= 5, "a cut-out has a background"
+    assert high >= 250, "and an object"
     stages = ["decode", "preprocess", "grpc", "queue", "infer", "postprocess", "encode"]
     assert list(report["timings_ms"]) == stages
     assert all(value >= 0 for value in report["timings_ms"].values())
