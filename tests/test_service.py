@@ -185,8 +185,11 @@ def test_async_client_answers_the_same(server: EmbeddedServer) -> None:
 def test_deadline_passed(slow_server: EmbeddedServer) -> None:
     with Client(slow_server.address) as client:
         client.contract()
+        (pid,) = slow_server.process.stubs()
+        os.kill(pid, signal.SIGSTOP)  # slower than any deadline, on any machine
         with pytest.raises(DeadlineExceededError, match=r"0\.05 s"):
             client.alpha(noise(0), timeout_s=0.05)
+        os.kill(pid, signal.SIGCONT)
         np.testing.assert_array_equal(client.alpha(noise(1)), expected_alpha(noise(1)))
 
 
@@ -210,9 +213,10 @@ def test_stub_killed_in_the_middle_of_a_request(slow_server: EmbeddedServer) -> 
     with Client(slow_server.address) as client:
         client.contract()
         with ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(client.alpha, noise(0))
-            time.sleep(0.15)
             (pid,) = slow_server.process.stubs()
+            os.kill(pid, signal.SIGSTOP)  # so that the request is in its middle, however fast the machine is
+            pending = pool.submit(client.alpha, noise(0))
+            time.sleep(0.3)
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(InferenceError, match="tiny"):
                 pending.result(timeout=30)
@@ -233,8 +237,10 @@ def test_server_killed_in_the_middle_of_a_request(tmp_path: Path) -> None:
     with server_for(repository) as first, Client(first.address) as client:
         client.contract()
         with ThreadPoolExecutor(1) as pool:
+            (pid,) = first.process.stubs()
+            os.kill(pid, signal.SIGSTOP)
             pending = pool.submit(client.alpha, noise(0))
-            time.sleep(0.15)
+            time.sleep(0.3)
             first.process.kill()
             with pytest.raises(ServerUnavailableError, match="tiny"):
                 pending.result(timeout=30)

@@ -113,8 +113,13 @@ def full_size_alpha(
 def _lanczos_of_truncated(rounded: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
     """Lanczos of the mask that truncation would have given: `rounded` or one less, so half a step less is nearest."""
     height, width = size
+    lanczos = Image.Resampling.LANCZOS
     expected = Image.fromarray(np.maximum(rounded - np.float32(0.5), 0))
-    # Two passes, the first clipped, as Pillow's uint8 filter does it; but not rounded in between.
-    rows = np.asarray(expected.resize((width, len(rounded)), Image.Resampling.LANCZOS)).clip(0, 255)
-    resized = Image.fromarray(rows).resize((width, height), Image.Resampling.LANCZOS)
+    # Two passes, the first clipped, as Pillow's uint8 filter does it; but not rounded in between. Which of them Pillow
+    # does first depends on the sizes and on its version, so it is asked.
+    mask, across = Image.fromarray(rounded), (width, len(rounded))
+    across_first = mask.resize(across, lanczos).resize((width, height), lanczos).tobytes()
+    is_first = across_first == mask.resize((width, height), lanczos).tobytes()
+    between = np.asarray(expected.resize(across if is_first else (rounded.shape[1], height), lanczos)).clip(0, 255)
+    resized = Image.fromarray(between).resize((width, height), lanczos)
     return Image.fromarray(np.rint(np.asarray(resized)).clip(0, 255).astype(np.uint8))

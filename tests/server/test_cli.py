@@ -159,7 +159,10 @@ def test_demo_writes_three_pictures_and_says_where_the_time_went(tmp_path: Path)
     result = run("demo", "--json", "-o", tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
-    pictures = {kind: Image.open(path) for kind, path in report["files"].items()}
+    pictures = {}
+    for kind, path in report["files"].items():
+        with Image.open(path) as picture:
+            pictures[kind] = picture.copy()
     width, height = pictures["alpha"].size
     assert (pictures["cutout"].mode, pictures["cutout"].size) == ("RGBA", (width, height))
     assert pictures["preview"].size == (3 * width, height)
