@@ -1,4 +1,4 @@
-"""Check that a wheel holds exactly the packages it should, typed, with the demonstration model and without anything else."""
+"""Check that a wheel holds exactly the packages it should, typed, with the demonstration model, and nothing else."""
 
 import sys
 import zipfile
