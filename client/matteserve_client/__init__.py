@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from matteserve_client._async_client import AsyncClient
 from matteserve_client._client import Client
 from matteserve_client._contract import INPUT_NAME, OUTPUT_NAME, ModelContract
+from matteserve_client._difference import AlphaDifference, AlphaTolerance, alpha_difference
 from matteserve_client._errors import (
     ContractError,
     DeadlineExceededError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "INPUT_NAME",
     "OUTPUT_NAME",
+    "AlphaDifference",
+    "AlphaTolerance",
     "AsyncClient",
     "AsyncGrpcTransport",
     "AsyncTransport",
@@ -56,6 +59,7 @@ __all__ = [
     "Transport",
     "UnsupportedFormatError",
     "__version__",
+    "alpha_difference",
 ]
 
 
