@@ -31,7 +31,7 @@ from matteserve_export.compare import (
     require,
     run_maps,
 )
-from matteserve_export.models import MODEL_BUILDERS, build_model
+from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY, build_model
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
 from matteserve_export.to_onnx import ToOnnxConfig, export_core
@@ -188,7 +188,7 @@ def _core_from_checkpoint(config: ExportConfig) -> tuple[Core, Runner]:
             "ONNX with --onnx"
         )
     model = build_model(weights.architecture, **weights.options)
-    load_into(model, read_state_dict(config.path), weights.training_only)
+    load_into(model, read_state_dict(config.path), TRAINING_ONLY.get(weights.architecture, ()))
     height, width = config.size or weights.input_size
     if (height, width) != weights.input_size:
         trained_height, trained_width = weights.input_size

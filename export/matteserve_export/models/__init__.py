@@ -8,13 +8,17 @@ import torch
 
 from matteserve_export.models.u2net import u2net, u2netp
 
-__all__ = ["MODEL_BUILDERS", "build_model"]
+__all__ = ["MODEL_BUILDERS", "TRAINING_ONLY", "build_model"]
 
 MODEL_BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {
     "u2net": u2net,
     "u2netp": u2netp,
 }
 """Builder of each architecture; a builder's keyword arguments are the architecture's options."""
+
+
+TRAINING_ONLY: dict[str, tuple[str, ...]] = {}
+"""Prefixes of entries by architecture that released checkpoints carry and that inference does not need."""
 
 
 def build_model(name: str, **options: object) -> torch.nn.Module:
