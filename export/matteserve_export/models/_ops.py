@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +42,7 @@ def _factor(target: int, length: int) -> float:
     ONNX stores factors in float32 and takes the floor of factor * length as the new length: a factor rounded down would
     lose a row.
     """
-    factor = torch.tensor(target / length, dtype=torch.float32)
-    if factor.item() * length < target:
-        factor = torch.nextafter(factor, torch.tensor(torch.inf))
-    return factor.item()
+    factor = np.float32(target / length)
+    if float(factor) * length < target:
+        factor = np.nextafter(factor, np.float32(np.inf))
+    return float(factor)
