@@ -32,10 +32,6 @@ TRAINING_ONLY: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Prefixes of the entries of released checkpoints that inference does not need, by architecture."""
 
 
-TRAINING_ONLY: dict[str, tuple[str, ...]] = {}
-"""Prefixes of entries by architecture that released checkpoints carry and that inference does not need."""
-
-
 def build_model(name: str, **options: object) -> torch.nn.Module:
     """Build an architecture with random weights, in evaluation mode.
 
