@@ -33,7 +33,8 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _ACCEPT = click.option(
     "--accept-non-commercial", is_flag=True, help="Take weights whose licence forbids commercial use."
 )
-_HEADER = ("name", "architecture", "size", "files", "pull", "licence", "patch order", "note")
+_HEADER = ("name", "architecture", "size", "pull", "licence", "patch order", "note")
+_MARKDOWN_HEADER = ("Weights", "Architecture", "Input", "`matteserve pull`", "Licence", "Patch order", "Note")
 _OPERATORS_SHOWN = 6
 
 
@@ -200,11 +201,11 @@ def weights(as_json: bool, as_markdown: bool) -> None:
     if as_json:
         click.echo(json.dumps([_plain(entry) for entry in REGISTRY.values()], indent=2, ensure_ascii=False))
         return
-    table = [_HEADER, *(_row(entry) for entry in REGISTRY.values())]
     if as_markdown:
-        rule = ["---"] * len(_HEADER)
-        click.echo("\n".join(f"| {' | '.join(row)} |" for row in (table[0], rule, *table[1:])))
+        rows = [_MARKDOWN_HEADER, ("---",) * len(_MARKDOWN_HEADER), *map(_markdown_row, REGISTRY.values())]
+        click.echo("\n".join(f"| {' | '.join(row)} |" for row in rows))
         return
+    table = [_HEADER, *(_row(entry) for entry in REGISTRY.values())]
     widths = [max(len(row[column]) for row in table) for column in range(len(_HEADER) - 1)]
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
@@ -226,12 +227,19 @@ def _row(entry: Weights) -> tuple[str, ...]:
         entry.name,
         entry.architecture,
         f"{height}x{width}",
-        " ".join(source.file_name for source in entry.sources),
         size,
         entry.weights_licence + (" (non-commercial)" if entry.non_commercial else ""),
         (entry.patch_order or "unknown") if entry.has_patch_order else "",
         entry.note,
     )
+
+
+def _markdown_row(entry: Weights) -> tuple[str, ...]:
+    _, architecture, size, pulled, licence, order, note = _row(entry)
+    pages = dict.fromkeys(source.page for source in entry.sources if source.page.startswith("https://"))
+    links = " ".join(f"[{number}]({page})" for number, page in enumerate(pages, start=1))
+    aliases = f"<br>{', '.join(f'`{alias}`' for alias in entry.aliases)}" if entry.aliases else ""
+    return f"`{entry.name}`{aliases}", architecture, size, f"{pulled} {links}".rstrip(), licence, order, note
 
 
 def _locate(

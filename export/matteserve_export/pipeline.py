@@ -6,6 +6,7 @@ session before the next. A network of a gigabyte is then in memory once or twice
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import shutil
@@ -211,8 +212,9 @@ def export_model(config: ExportConfig) -> ExportResult:
     del run_serving
 
     cost = giga_macs(weights.architecture, contract.height, contract.width)
+    onnx_sha256 = sha256(serialized).hexdigest()
     onnx_facts = {
-        "sha256": sha256(serialized).hexdigest(),
+        "sha256": onnx_sha256,
         "bytes": len(serialized),
         "opset": opset,
         "nodes": sum(nodes.values()),
@@ -234,7 +236,7 @@ def export_model(config: ExportConfig) -> ExportResult:
         engine=engine.name,
         engine_path=engine_path,
         alias_path=alias_path,
-        onnx_sha256=onnx_facts["sha256"],
+        onnx_sha256=onnx_sha256,
         onnx_bytes=len(serialized),
         nodes=nodes,
         giga_macs=round(cost, 1),
@@ -249,7 +251,8 @@ def _from_torch(config: ExportConfig, wrap: ServingConfig) -> _Graph:
     weights, (height, width) = config.weights, config.wanted_size
     model = _load(config)
     _check_room(config.model_repository, sum(tensor.nbytes for tensor in model.state_dict().values()))
-    _warn_about_size(weights, height, width)
+    if config.kind == "checkpoint":
+        _warn_about_size(weights, height, width)
     max_batch_size, plan = _plan(config, height, width)
     scenes = make_scenes(plan.pictures, height, width)
 
@@ -282,11 +285,12 @@ def _load(config: ExportConfig) -> torch.nn.Module:
 
         fill_module(model, _CONFORMANCE_SEED)
         return model
-    state = read_state_dict(config.path)
     order = _patch_order(config)
+    state = read_state_dict(config.path)
     if order is not None:
         _LOG.info("patch order of the checkpoint: %s (%s)", order, _basis(config))
-        state = convert_patch_order(state, source=order, target="current")
+        with contextlib.suppress(ValueError):  # not a BiRefNet at all: load_into will say what it is
+            state = convert_patch_order(state, source=order, target="current")
     load_into(model, state, TRAINING_ONLY.get(weights.architecture, ()))
     return model
 

@@ -9,7 +9,8 @@ All of them differ from what rembg does in three ways, and the official way is r
 Lanczos), division by 255 (rembg: by the picture's maximum), and after the sigmoid no stretching by minimum and maximum
 (rembg stretches). The client's parity mode does not cover BiRefNet.
 
-Patch order: the dates are those of the official repository's README and history; no checkpoint was at hand to try.
+Patch order: it changed in the official code on 2024-11-05 (commit 5198d3f), and what was trained before needs the old
+one. The dates are those of the official repository's README, history and issues; no checkpoint was at hand to try.
 """
 
 from __future__ import annotations
@@ -79,8 +80,6 @@ def _birefnet(
     )
 
 
-_BEFORE = "published before the change of 2024-11-05"
-
 BIREFNET = (
     _birefnet(
         "birefnet",
@@ -100,7 +99,7 @@ BIREFNET = (
             sha256="58f621f00f5d756097615970a88a791584600dcf7c45b18a0a6267535a1ebd3c",
         ),
         order="legacy",
-        basis=f"{_BEFORE} (2024-07-28)",
+        basis="published by 2024-07-28, before the change",
         size_effect="maximum F on DIS-VD: .908 at 1024x1024, .888 at 2048x2048, .834 at 512x512 (the author's cards)",
         aliases=("birefnet-general",),
     ),
@@ -121,7 +120,7 @@ BIREFNET = (
             sha256="5600024376f572a557870a5eb0afb1e5961636bef4e1e22132025467d0f03333",
         ),
         order="legacy",
-        basis=f"{_BEFORE} (2024-08-19)",
+        basis="published by 2024-08-19, before the change",
         architecture="birefnet_lite",
         aliases=("birefnet-general-lite", "BiRefNet_T"),
     ),
@@ -135,7 +134,7 @@ BIREFNET = (
             "6003d2f758bdb4e4802a09e39167529bc2eef9288d5b8fa537331467cbc4759d",
         ),
         order="legacy",
-        basis=f"{_BEFORE} (2024-09-24)",
+        basis="published by 2024-09-24, before the change",
         architecture="birefnet_lite",
         size=(1440, 2560),
     ),
@@ -167,7 +166,7 @@ BIREFNET = (
             "6065d27c615ea27308f5b88598dd8db116eb07436c7a323ca40d13b2866c309e",
         ),
         order="legacy",
-        basis=f"{_BEFORE} (2024-10-06)",
+        basis="published by 2024-10-06, before the change",
     ),
     _birefnet(
         "birefnet_portrait",
@@ -180,7 +179,7 @@ BIREFNET = (
         ),
         rembg_asset("BiRefNet-portrait-epoch_150.onnx", _SWIN_L_ONNX, md5="c3a64a6abf20250d090cd055f12a3b67"),
         order="legacy",
-        basis=f"{_BEFORE} (2024-08-27)",
+        basis="published by 2024-08-27, before the change",
     ),
     _birefnet(
         "birefnet_hr",
@@ -197,7 +196,7 @@ BIREFNET = (
             "db0217e99b25e0c4f6f4dca2892ff1f7ea7aba38fb6ad84f93122a4024be536a",
         ),
         order="current",
-        basis="published after the change (2025-02-01), with code that has the current order",
+        basis="published on 2025-02-01, after the change, with code that has the current order",
         size=(2048, 2048),
         size_effect="maximum F on DIS-VD: .925 at 2048x2048, .876 at 1024x1024, .540 at 512x512 (the author's cards)",
     ),
@@ -216,7 +215,7 @@ BIREFNET = (
             "45b7d92ce0e2e75e1c8a564a9e84c87ac9da7f4315d2deeef3674864e809aef3",
         ),
         order="current",
-        basis="published after the change (2025-02-12)",
+        basis="published on 2025-02-12, after the change",
         size=(2048, 2048),
     ),
     _birefnet(
@@ -230,7 +229,7 @@ BIREFNET = (
         ),
         _release("BiRefNet_dynamic-general-epoch_174.pth"),
         order="current",
-        basis="published after the change (2025-03-31)",
+        basis="published on 2025-03-31, after the change",
         size_range=(256, 2304),
     ),
     _birefnet(
@@ -247,7 +246,7 @@ BIREFNET = (
         _hub("BiRefNet_512x512"),
         _release("BiRefNet-general-resolution_512x512-fp16-epoch_216.onnx"),
         order="current",
-        basis="its card compares with BiRefNet_HR, which was published after the change (2025-02-01)",
+        basis="its card compares with BiRefNet_HR, so it is younger than 2025-02-01",
         size=(512, 512),
         aliases=("BiRefNet_512x512",),
     ),
@@ -258,7 +257,7 @@ BIREFNET = (
         _release("BiRefNet-DIS-epoch_590.pth"),
         rembg_asset("BiRefNet-DIS-epoch_590.onnx", _SWIN_L_ONNX, md5="2d4d44102b446f33a4ebb2e56c051f2b"),
         order="legacy",
-        basis=f"{_BEFORE} (2024-08-19)",
+        basis="published by 2024-08-19, before the change",
         aliases=("birefnet-dis",),
     ),
     _birefnet(
@@ -269,7 +268,7 @@ BIREFNET = (
             "BiRefNet-massive-TR_DIS5K_TR_TEs-epoch_420.onnx", _SWIN_L_ONNX, md5="33e726a2136a3d59eb0fdf613e31e3e9"
         ),
         order="legacy",
-        basis=f"{_BEFORE} (2024-07-29)",
+        basis="published by 2024-07-29, before the change",
         aliases=("BiRefNet-DIS5K-TR_TEs",),
     ),
     _birefnet(
@@ -278,7 +277,7 @@ BIREFNET = (
         _hub("BiRefNet-HRSOD"),
         rembg_asset("BiRefNet-HRSOD_DHU-epoch_115.onnx", _SWIN_L_ONNX, md5="c017ade5de8a50ff0fd74d790d268dda"),
         order="legacy",
-        basis=f"{_BEFORE} (2024-08-19)",
+        basis="published by 2024-08-19, before the change",
     ),
     _birefnet(
         "birefnet_cod",
@@ -286,14 +285,14 @@ BIREFNET = (
         _hub("BiRefNet-COD"),
         rembg_asset("BiRefNet-COD-epoch_125.onnx", _SWIN_L_ONNX, md5="f6d0d21ca89d287f17e7afe9f5fd3b45"),
         order="legacy",
-        basis=f"{_BEFORE} (2024-08-19)",
+        basis="published by 2024-08-19, before the change",
     ),
     _birefnet(
         "birefnet_legacy",
         "The general weights before those of July 2024.",
         _hub("BiRefNet-legacy"),
         order="legacy",
-        basis=f"{_BEFORE} (2024-08-26)",
+        basis="published by 2024-08-26, before the change",
     ),
     Weights(
         name="rmbg_2",
