@@ -259,6 +259,8 @@ def _locate(
         found = find_cached(entry, folder)
         if found is not None:
             return found
+    if not entry.sources:
+        raise ExportError(f"{entry.name}: no weights are released; give your own with --weights")
     names = " or ".join(source.file_name for source in entry.sources)
     how = f"run `matteserve pull {entry.name}`, or " if entry.downloadable else ""
     raise ExportError(

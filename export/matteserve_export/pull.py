@@ -108,6 +108,8 @@ def pull(
     config = config or PullConfig()
     weights.require_acceptance(config.accept_non_commercial)
     source = weights.source(kind) if kind is not None else weights.downloadable
+    if not weights.sources:
+        raise DownloadError(f"{weights.name}: no weights are released; export your own with --weights")
     if source is None or source.address is None:
         what = f"{weights.name} as {kind}" if kind is not None else weights.name
         raise DownloadError(_by_hand(weights, directory, f"{what} has no stable download address"))

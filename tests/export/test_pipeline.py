@@ -308,6 +308,7 @@ def test_export_command_takes_the_cache(
         (["u3net"], "Error: no weights are called 'u3net'; did you mean u2net"),
         (["u2netp"], "no u2netp.pth or u2netp.onnx in "),
         (["u2netp"], "run `matteserve pull u2netp`, or give the file with --weights or --onnx"),
+        (["birefnet_swin_b"], "birefnet_swin_b: no weights are released; give your own with --weights"),
         (["demo"], "no u2netp_demo.safetensors in "),
         (["u2netp", "--weights", "a.pth", "--onnx", "a.onnx"], "--weights, --onnx and --init exclude each other"),
         (["u2netp", "--init", "conformance", "--onnx", "a.onnx"], "exclude each other; give one of them"),

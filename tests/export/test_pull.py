@@ -335,6 +335,11 @@ def test_no_address(tmp_path: Path) -> None:
         pull(_weights(None), tmp_path, config=CONFIG)
 
 
+def test_nothing_is_released(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="birefnet_swin_b: no weights are released; export your own"):
+        pull(find_weights("birefnet_swin_b"), tmp_path, config=CONFIG)
+
+
 def test_another_file_is_in_the_place(weights: Weights, tmp_path: Path) -> None:
     (tmp_path / "u2netp.onnx").write_bytes(b"mine")
     with pytest.raises(DownloadError, match="exists and has 4 bytes, expected are 1500000; remove it"):

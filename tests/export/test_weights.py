@@ -58,6 +58,10 @@ def test_only_patches_have_an_order_and_it_has_a_reason(weights: Weights) -> Non
     assert weights.patch_order is None or weights.has_patch_order
 
 
+def test_every_architecture_can_be_exported_by_name() -> None:
+    assert {weights.architecture for weights in REGISTRY.values()} >= set(MODEL_BUILDERS)
+
+
 def test_the_order_follows_from_the_date() -> None:
     for weights in REGISTRY.values():
         for date in re.findall(r"\d{4}-\d\d-\d\d", weights.patch_order_basis):

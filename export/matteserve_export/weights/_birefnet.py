@@ -68,7 +68,7 @@ def _birefnet(
         sigmoid=True,
         min_max=False,
         code_licence="MIT",
-        weights_licence="MIT",
+        weights_licence="MIT" if sources else "unknown",
         paper=_PAPER,
         sources=sources,
         aliases=aliases,
@@ -293,6 +293,16 @@ BIREFNET = (
         _hub("BiRefNet-legacy"),
         order="legacy",
         basis="published by 2024-08-26, before the change",
+    ),
+    *(
+        _birefnet(
+            f"birefnet_{backbone}",
+            f"The architecture with another backbone ({spoken}), for weights of your own; none are released.",
+            order="current",
+            basis="what the official code trains since 2024-11-05",
+            architecture=f"birefnet_{backbone}",
+        )
+        for backbone, spoken in (("swin_b", "Swin-B"), ("swin_s", "Swin-S"), ("pvt_v2_b2", "PVT v2 b2"))
     ),
     Weights(
         name="rmbg_2",
