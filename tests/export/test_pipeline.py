@@ -25,10 +25,12 @@ from tritonclient.grpc import model_config_pb2
 from matteserve_client import ModelContract
 from matteserve_export import CheckpointError, ExportError, ParityError, RepositoryError, cli, pipeline
 from matteserve_export._session import make_runner
-from matteserve_export.compare import normalise, reference_alpha
+from matteserve_export.compare import make_scenes, normalise, reference_alpha
+from matteserve_export.models import build_model
 from matteserve_export.pipeline import ExportConfig, export_model
 from matteserve_export.serving import ServingConfig
-from matteserve_export.weights import REGISTRY, find_weights
+from matteserve_export.weights import REGISTRY, PatchOrder, find_weights
+from support.conformance import fill, pixel_values
 
 
 @pytest.fixture
@@ -238,6 +240,53 @@ def test_a_size_far_from_the_training_is_warned_of(
     pipeline._warn_about_size(find_weights(name), *size)
     assert message in caplog.text
     assert bool(message) == bool(caplog.text)
+
+
+@pytest.fixture(scope="module")
+def legacy_birefnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """BiRefNet lite with the old patch order, and its checkpoint as training leaves it: prefixes, extras, float16."""
+    model = build_model("birefnet_lite", patch_order="legacy")
+    fill(model, seed=4)
+    state = {f"module._orig_mod.{name}": tensor.half() for name, tensor in model.state_dict().items()}
+    state["module._orig_mod.decoder.conv_ms_spvn_4.weight"] = torch.zeros(1, 384, 1, 1)
+    path = tmp_path_factory.mktemp("legacy") / "birefnet_lite.pth"
+    torch.save(state, path)
+    model.load_state_dict({name: tensor.half() for name, tensor in model.state_dict().items()})
+    return model, path
+
+
+@pytest.mark.parametrize(("chosen", "equal"), [(None, True), ("legacy", True), ("current", False)])
+def test_a_legacy_checkpoint_is_converted_when_it_is_read(
+    config: ExportConfig, legacy_birefnet: tuple[nn.Module, Path], chosen: PatchOrder | None, equal: bool
+) -> None:
+    expected, path = legacy_birefnet
+    asked = dataclasses.replace(config, weights=find_weights("birefnet_lite"), path=path, patch_order=chosen)
+    loaded = pipeline._load(asked)
+    pictures = pixel_values(1, (1, 3, 64, 64))
+    with torch.inference_mode():
+        difference = (loaded(pictures) - expected(pictures)).abs().max().item()
+    assert (difference < 1e-3) == equal
+    assert equal or difference > 0.1
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_the_manifest_says_which_order_was_assumed(
+    config: ExportConfig, legacy_birefnet: tuple[nn.Module, Path]
+) -> None:
+    expected, path = legacy_birefnet
+    result = export_model(dataclasses.replace(config, weights=find_weights("birefnet_lite"), path=path))
+    manifest = json.loads((result.engine_path / "1" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["weights"]["patch_order"] == "legacy"
+    assert "before the change" in manifest["weights"]["patch_order_basis"]
+    assert manifest["deform_conv"] == "native"
+    assert "patch order of the checkpoint: legacy" in (result.engine_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    wrap = ServingConfig(config.weights.mean, config.weights.std, sigmoid=True)
+    images = make_scenes(2, 64, 64, seed=9)
+    with torch.inference_mode():
+        alpha = reference_alpha(expected(torch.from_numpy(normalise(images, wrap))).numpy(), wrap)
+    served = make_runner((result.engine_path / "1" / "model.onnx").read_bytes())(images)
+    assert np.abs(served.astype(int) - alpha).max() <= 1
 
 
 def test_an_unknown_patch_order_must_be_chosen(config: ExportConfig) -> None:

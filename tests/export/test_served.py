@@ -65,6 +65,7 @@ def _matteserve(*arguments: object) -> str:
     return result.stdout
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "names",
     [
