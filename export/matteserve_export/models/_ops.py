@@ -9,17 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["resize", "static_size"]
+__all__ = ["resize", "static_dims", "static_size"]
 
 
-def static_size(x: Tensor) -> tuple[int, int]:
-    """Height and width of an NCHW tensor as plain numbers; an exported graph has them as constants."""
+def static_dims(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the batch as plain numbers; an exported graph has them as constants."""
     if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return x.shape[-2], x.shape[-1]
+        return tuple(x.shape[1:])
     # The tracer warns that the numbers become constants. That is what is wanted: the size is fixed per exported model.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        return int(x.shape[-2]), int(x.shape[-1])
+        return tuple(int(length) for length in x.shape[1:])
+
+
+def static_size(x: Tensor) -> tuple[int, int]:
+    """Height and width of an NCHW tensor as plain numbers."""
+    _, height, width = static_dims(x)
+    return height, width
 
 
 def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import static_size
+from matteserve_export.models._ops import static_dims, static_size
 
 __all__ = ["SwinTransformer", "swin_b", "swin_l", "swin_s", "swin_t"]
 
@@ -102,15 +102,19 @@ class WindowAttention(nn.Module):
         Returns:
             Shape (B*nW*N, C).
         """
-        channels = windows.shape[1]
-        qkv = self.qkv(windows).reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
+        (channels,) = static_dims(windows)
+        # The scale of the scores, applied to the rows of the weights that make the queries.
+        weight, bias = (
+            torch.cat((entry[:channels] * self.scale, entry[channels:])) for entry in (self.qkv.weight, self.qkv.bias)
+        )
+        qkv = F.linear(windows, weight, bias).reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B*nW, heads, N, C/heads)
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.reshape(self.tokens, self.tokens, self.heads).permute(2, 0, 1)
-        scores = (query * self.scale) @ key.transpose(-2, -1) + bias
+        position = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
+        scores = query @ key.transpose(-2, -1)
+        scores = scores + position.reshape(self.tokens, self.tokens, self.heads).permute(2, 0, 1)
         if mask is not None:
-            shape = (-1, *scores.shape[1:])
-            scores = (scores.reshape(-1, mask.shape[0], *shape[1:]) + mask).reshape(shape)
+            shape = static_dims(scores)
+            scores = (scores.reshape(-1, len(mask), *shape) + mask).reshape(-1, *shape)
         attended = torch.softmax(scores, -1) @ value
         out: Tensor = self.proj(attended.transpose(1, 2).reshape(-1, channels))
         return out
@@ -143,14 +147,14 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Shape (B*H*W, C) in and out."""
-        channels = x.shape[1]
+        (channels,) = static_dims(x)
         plan = window_plan(height, width, self.window, self.shift)
         # A row of zeros after the tokens of each image stands for the padding, which is not masked: it goes through
         # qkv.
         tokens = F.pad(self.norm1(x).reshape(-1, height * width, channels), (0, 0, 0, 1))
         windows = tokens.index_select(1, plan.gather.to(x.device)).reshape(-1, channels)
         windows = self.attn(windows, None if plan.mask is None else plan.mask.to(x.device))
-        windows = windows.reshape(-1, plan.gather.shape[0], channels)
+        windows = windows.reshape(-1, len(plan.gather), channels)
         x = x + windows.index_select(1, plan.scatter.to(x.device)).reshape(-1, channels)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -166,7 +170,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B*H*W, C) to (B*ceil(H/2)*ceil(W/2), 2C)."""
-        channels = x.shape[1]
+        (channels,) = static_dims(x)
         half_height, half_width = -(-height // 2), -(-width // 2)
         x = x.reshape(-1, height, width, channels)
         if height % 2 or width % 2:
@@ -204,7 +208,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B*H/4*W/4, C)."""
-        out: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1).flatten(0, 2))
+        tokens = self.proj(x).permute(0, 2, 3, 1).reshape(-1, self.proj.out_channels)
+        out: Tensor = self.norm(tokens)
         return out
 
 
