@@ -44,7 +44,14 @@ from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY, build_model
 from matteserve_export.models.birefnet import convert_patch_order
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
-from matteserve_export.sizing import GatePlan, default_batch_size, default_batching, gate_plan, giga_macs
+from matteserve_export.sizing import (
+    GatePlan,
+    default_batch_size,
+    default_batching,
+    gate_plan,
+    giga_macs,
+    session_options,
+)
 from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, export_core
 from matteserve_export.weights import PatchOrder, Weights
 
@@ -109,9 +116,12 @@ class ExportConfig:
                     f"of {multiple}, from {multiple} to 4096"
                 )
         self.weights.require_acceptance(self.accept_non_commercial)
-        if self.patch_order is not None and (self.kind == "onnx" or not self.weights.has_patch_order):
-            what = "an ONNX has its order built in" if self.kind == "onnx" else "only BiRefNet has one"
-            raise ExportError(f"{self.weights.name}: no patch order can be chosen here ({what}); leave it out")
+        if self.kind == "onnx" or not self.weights.has_patch_order:
+            why = "an ONNX has it built in" if self.kind == "onnx" else "only BiRefNet has one"
+            if self.patch_order is not None:
+                raise ExportError(f"{self.weights.name}: no patch order can be chosen here: {why}")
+            if self.deform_conv != "native":
+                raise ExportError(f"{self.weights.name}: no deformable convolution can be chosen here: {why}")
 
     @property
     def wanted_size(self) -> tuple[int, int]:
@@ -229,6 +239,7 @@ def export_model(config: ExportConfig) -> ExportResult:
         card=model_card(manifest, weights),
         batching=config.batching or default_batching(cost, max_batch_size),
         instances=config.instances,
+        session_options=session_options(cost),
     )
     engine_path, alias_path = write_model(config.model_repository, engine)
     return ExportResult(

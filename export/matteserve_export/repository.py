@@ -99,6 +99,7 @@ class Engine:
         card: Model card in Markdown; none is written if it is empty.
         batching: Dynamic batcher.
         instances: Instance group.
+        session_options: Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads them.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Engine:
     card: str = ""
     batching: DynamicBatching = field(default_factory=DynamicBatching)
     instances: InstanceGroup = field(default_factory=InstanceGroup)
+    session_options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_model_name(self.model)
@@ -143,6 +145,8 @@ def engine_config(engine: Engine) -> Any:
     config.backend = "onnxruntime"
     config.default_model_filename = "model.onnx"
     config.version_policy.latest.num_versions = 1
+    for key, value in engine.session_options.items():
+        config.parameters[key].string_value = value
     config.instance_group.add(
         count=instances.count, kind=model_config_pb2.ModelInstanceGroup.Kind.Value(instances.kind)
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from matteserve_export.repository import DynamicBatching
 
-__all__ = ["GatePlan", "default_batch_size", "default_batching", "gate_plan", "giga_macs"]
+__all__ = ["GatePlan", "default_batch_size", "default_batching", "gate_plan", "giga_macs", "session_options"]
 
 # Giga-MACs of one picture, counted over convolutions, linear layers, attention and the main product of the deformable
 # convolutions, and the side of the square picture they were counted at. They grow with the area.
@@ -34,6 +34,7 @@ _UNCOUNTED = _COUNTED["birefnet"]
 _SLOW_GIGA_MACS_PER_S = 40.0
 _LARGEST_BATCH = 8
 _BATCH_GIGA_MACS = 650.0
+_LARGE_GIGA_MACS = 200.0
 
 
 def giga_macs(architecture: str, height: int, width: int) -> float:
@@ -77,6 +78,18 @@ def default_batching(cost: float, max_batch_size: int) -> DynamicBatching:
         max_queue_size=round(min(max(timeout_s / picture_s, 16), 64)),
         default_queue_timeout_us=round(timeout_s * 1e6),
     )
+
+
+def session_options(cost: float) -> dict[str, str]:
+    """Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads.
+
+    The CPU arena keeps what a run took for the next one. For a large network that is gigabytes held by an idle server,
+    to save a part of a run that takes seconds anyway.
+
+    Args:
+        cost: Giga-MACs of one picture.
+    """
+    return {"enable_mem_arena": "0"} if cost > _LARGE_GIGA_MACS else {}
 
 
 @dataclass(frozen=True)
