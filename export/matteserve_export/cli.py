@@ -222,7 +222,10 @@ def _plain(entry: Weights) -> dict[str, object]:
 def _row(entry: Weights) -> tuple[str, ...]:
     height, width = entry.input_size
     source = entry.downloadable
-    size = f"{source.size_bytes / 1e6:.1f} MB" if source and source.size_bytes else ("yes" if source else "by hand")
+    if source is None:
+        size = "by hand" if entry.sources else "none"
+    else:
+        size = f"{source.size_bytes / 1e6:.1f} MB" if source.size_bytes else "yes"
     return (
         entry.name,
         entry.architecture,
