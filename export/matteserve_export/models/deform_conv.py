@@ -14,10 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import static_dims, static_size
+from matteserve_export.models._ops import constant, static_dims, static_size
 
 __all__ = ["DeformConvForm", "DeformableConv2d", "deform_conv2d", "deform_conv2d_one_grid", "sampling_points"]
 
@@ -99,7 +98,6 @@ def _sample(x: Tensor, grid: Tensor) -> Tensor:
 
 def _point_constants(kernel: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Place of each tap (K*K, 2) in pixels, units per pixel (2,), points of the map (2, H, W); x first in each."""
-    # Made by numpy: what torch computes during an export would become part of the graph.
     y, x = np.mgrid[:kernel, :kernel] - kernel // 2
     shifts = np.stack((x.ravel(), y.ravel()), 1)
     scale = np.array((2 / width, 2 / height))
@@ -107,10 +105,8 @@ def _point_constants(kernel: int, height: int, width: int, device: torch.device)
     base[0] = (2 * np.arange(width) + 1) / width - 1
     base[1] = ((2 * np.arange(height) + 1) / height - 1)[:, None]
 
-    def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array.astype(np.float32)).to(device)
-
-    return tensor(shifts), tensor(scale), tensor(base)
+    shifts_, scale_, base_ = (constant(array.astype(np.float32)).to(device) for array in (shifts, scale, base))
+    return shifts_, scale_, base_
 
 
 class _NativeDeformConv(torch.autograd.Function):

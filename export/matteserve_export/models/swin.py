@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import static_dims, static_size
+from matteserve_export.models._ops import constant, static_dims, static_size
 
 __all__ = ["SwinTransformer", "swin_b", "swin_l", "swin_s", "swin_t"]
 
@@ -33,11 +33,13 @@ class WindowPlan(NamedTuple):
     """How the tokens of a map are cut into windows; nW windows of N tokens.
 
     Attributes:
+        windows: nW.
         gather: Shape (nW*N,): token of the map at each place of each window; H*W means padding.
         scatter: Shape (H*W,): place among the windows of each token of the map.
         mask: Shape (nW, 1, N, N), added to the scores; None without a shift.
     """
 
+    windows: int
     gather: Tensor
     scatter: Tensor
     mask: Tensor | None
@@ -46,7 +48,6 @@ class WindowPlan(NamedTuple):
 @lru_cache(maxsize=16)
 def window_plan(height: int, width: int, window: int, shift: int) -> WindowPlan:
     """Plan for a map padded at the bottom and right to whole windows, then rolled by `shift` up and left."""
-    # numpy, as what torch computes during an export would become part of the graph.
     padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
     tokens = np.full((padded_height, padded_width), height * width)
     tokens[:height, :width] = np.arange(height * width).reshape(height, width)
@@ -63,8 +64,8 @@ def window_plan(height: int, width: int, window: int, shift: int) -> WindowPlan:
         )
         region = _partition(3 * band_y[:, None] + band_x[None, :], window)
         apart = region[:, None, :, None] != region[:, None, None, :]
-        mask = torch.from_numpy(np.where(apart, np.float32(_MASKED), np.float32(0)))
-    return WindowPlan(torch.from_numpy(gather), torch.from_numpy(scatter[:-1].copy()), mask)
+        mask = constant(np.where(apart, np.float32(_MASKED), np.float32(0)))
+    return WindowPlan(gather.size // window**2, constant(gather), constant(scatter[:-1].copy()), mask)
 
 
 def _partition(grid: NDArray[Any], window: int) -> NDArray[Any]:
@@ -92,29 +93,29 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, windows: Tensor, plan: WindowPlan) -> Tensor:
         """Attend.
 
         Args:
             windows: Shape (B*nW*N, C).
-            mask: Shape (nW, 1, N, N), added to the scores, or None.
+            plan: How the windows were cut.
 
         Returns:
             Shape (B*nW*N, C).
         """
         (channels,) = static_dims(windows)
-        # The scale of the scores, applied to the rows of the weights that make the queries.
-        weight, bias = (
-            torch.cat((entry[:channels] * self.scale, entry[channels:])) for entry in (self.qkv.weight, self.qkv.bias)
-        )
-        qkv = F.linear(windows, weight, bias).reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
+        # The scale of the scores is applied to the rows of the weights that make the queries.
+        scale = constant(np.repeat(np.array((self.scale, 1, 1), np.float32), channels)).to(windows.device)
+        qkv = F.linear(windows, self.qkv.weight * scale[:, None], self.qkv.bias * scale)
+        qkv = qkv.reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B*nW, heads, N, C/heads)
         position = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
         scores = query @ key.transpose(-2, -1)
         scores = scores + position.reshape(self.tokens, self.tokens, self.heads).permute(2, 0, 1)
-        if mask is not None:
+        if plan.mask is not None:
             shape = static_dims(scores)
-            scores = (scores.reshape(-1, len(mask), *shape) + mask).reshape(-1, *shape)
+            scores = scores.reshape(-1, plan.windows, *shape) + plan.mask.to(scores.device)
+            scores = scores.reshape(-1, *shape)
         attended = torch.softmax(scores, -1) @ value
         out: Tensor = self.proj(attended.transpose(1, 2).reshape(-1, channels))
         return out
@@ -153,8 +154,7 @@ class SwinBlock(nn.Module):
         # qkv.
         tokens = F.pad(self.norm1(x).reshape(-1, height * width, channels), (0, 0, 0, 1))
         windows = tokens.index_select(1, plan.gather.to(x.device)).reshape(-1, channels)
-        windows = self.attn(windows, None if plan.mask is None else plan.mask.to(x.device))
-        windows = windows.reshape(-1, len(plan.gather), channels)
+        windows = self.attn(windows, plan).reshape(-1, plan.windows * self.window**2, channels)
         x = x + windows.index_select(1, plan.scatter.to(x.device)).reshape(-1, channels)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
