@@ -15,8 +15,8 @@ __all__ = ["Runner", "make_runner", "run_model", "run_outputs"]
 Runner = Callable[[NDArray[Any]], NDArray[Any]]
 
 
-def make_runner(model: onnx.ModelProto) -> Runner:
-    """A function that runs the model: input array in, first output out."""
+def make_runner(model: onnx.ModelProto | bytes) -> Runner:
+    """A function that runs the model, serialized or not: input array in, first output out."""
     session = _open(model)
     name = session.get_inputs()[0].name
 
@@ -38,7 +38,9 @@ def run_outputs(model: onnx.ModelProto, array: NDArray[Any]) -> dict[str, NDArra
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: array}), strict=True))
 
 
-def _open(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def _open(model: onnx.ModelProto | bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.enable_cpu_mem_arena = False  # a few runs only: memory counts for more than the time that the arena saves
     options.log_severity_level = 3  # errors only; warnings about unused initializers are not the user's business
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    serialized = model if isinstance(model, bytes) else model.SerializeToString()
+    return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])

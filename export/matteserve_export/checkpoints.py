@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from matteserve_export._errors import CheckpointError
-from matteserve_export.models import MODEL_BUILDERS
+from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY
 
 __all__ = ["load_into", "read_state_dict"]
 
@@ -131,21 +131,25 @@ def _strip(name: str) -> str:
 
 def _misfit(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
     missing, unexpected = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    shapes = [f"{name} {list(found[name])} instead of {list(own[name])}" for name in own if name in found]
     shapes = [
-        text for name, text in zip((n for n in own if n in found), shapes, strict=True) if own[name] != found[name]
+        f"{name} {list(found[name])} instead of {list(own[name])}"
+        for name in own
+        if name in found and found[name] != own[name]
     ]
     parts = [
         f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("with another shape", shapes))
         if names
     ]
-    fitting = [name for name in MODEL_BUILDERS if _shapes_of(name) == dict(found)]
+    fitting = [name for name in MODEL_BUILDERS if _fits(name, found)]
     hint = f"; these weights fit the architecture {' or '.join(fitting)}" if fitting else ""
     return f"the weights do not fit the architecture: {'; '.join(parts)}{hint}"
 
 
-def _shapes_of(architecture: str) -> dict[str, tuple[int, ...]]:
+def _fits(architecture: str, found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether entries are those of an architecture, training-only ones aside. No memory is taken for its weights."""
     with torch.device("meta"):
         model = MODEL_BUILDERS[architecture]()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    dropped = TRAINING_ONLY.get(architecture, ())
+    return own == {name: shape for name, shape in found.items() if name in own or not name.startswith(dropped)}

@@ -1,14 +1,22 @@
-"""The whole way from weights to a model repository, top to bottom."""
+"""The whole way from weights to a model repository, top to bottom.
+
+What a stage no longer needs is let go before the next one begins: the torch network before ONNX Runtime starts, each
+session before the next. A network of a gigabyte is then in memory once or twice, not five times.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -18,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from matteserve_client import ModelContract, __version__
-from matteserve_export._errors import ExportError
+from matteserve_export._errors import ExportError, RepositoryError
 from matteserve_export._files import digest
 from matteserve_export._session import Runner, make_runner
 from matteserve_export.checkpoints import load_into, read_state_dict
@@ -31,17 +39,30 @@ from matteserve_export.compare import (
     require,
     run_maps,
 )
-from matteserve_export.models import MODEL_BUILDERS, build_model
+from matteserve_export.model_card import model_card
+from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY, build_model
+from matteserve_export.models.birefnet import convert_patch_order
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
-from matteserve_export.to_onnx import ToOnnxConfig, export_core
-from matteserve_export.weights import SourceKind, Weights
+from matteserve_export.sizing import (
+    GatePlan,
+    default_batch_size,
+    default_batching,
+    gate_plan,
+    giga_macs,
+    session_options,
+)
+from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, export_core
+from matteserve_export.weights import PatchOrder, Weights
 
-__all__ = ["ExportConfig", "ExportResult", "export_model"]
+__all__ = ["DeformConv", "ExportConfig", "ExportResult", "InputKind", "export_model"]
 
 _LOG = logging.getLogger(__name__)
 _MANIFEST_SCHEMA = 1
-_SCENES = 4
+_CONFORMANCE_SEED = 0
+
+InputKind = Literal["checkpoint", "onnx", "conformance"]
+DeformConv = Literal["native", "grid-sample"]
 
 
 @dataclass(frozen=True)
@@ -50,31 +71,41 @@ class ExportConfig:
 
     Attributes:
         weights: Entry of the registry: normalisation, post-processing, licence.
-        kind: What `path` is: "checkpoint" or "onnx".
-        path: File with the weights.
+        kind: What `path` is: "checkpoint" or "onnx"; "conformance" takes no file but weights that follow from the
+            entries' names, to try a model out without a checkpoint.
+        path: File with the weights; None for "conformance".
         model_repository: Where to write.
         model: Name that clients will call.
         size: (height, width); None takes the weights' own.
-        max_batch_size: Largest batch of the engine.
-        opset: ONNX operator set of an exported network.
-        batching: Dynamic batcher.
+        max_batch_size: Largest batch of the engine; None chooses by the cost of a picture.
+        opset: ONNX operator set of an exported network; None takes the exporter's.
+        deform_conv: BiRefNet's deformable convolutions: "native" is fastest in ONNX Runtime, "grid-sample" is for
+            parsers that do not know the operator.
+        patch_order: BiRefNet checkpoints: overrides what the registry records.
+        accept_non_commercial: Weights whose licence forbids commercial use are refused without it.
+        batching: Dynamic batcher; None chooses by the cost of a picture.
         instances: Instance group.
     """
 
     weights: Weights
-    kind: SourceKind
-    path: Path
+    kind: InputKind
+    path: Path | None
     model_repository: Path
     model: str
     size: tuple[int, int] | None = None
-    max_batch_size: int = 8
-    opset: int = 17
-    batching: DynamicBatching = field(default_factory=DynamicBatching)
+    max_batch_size: int | None = None
+    opset: int | None = None
+    deform_conv: DeformConv = "native"
+    patch_order: PatchOrder | None = None
+    accept_non_commercial: bool = False
+    batching: DynamicBatching | None = None
     instances: InstanceGroup = field(default_factory=InstanceGroup)
 
     def __post_init__(self) -> None:
         check_model_name(self.model)
-        if not 1 <= self.max_batch_size <= 256:
+        if (self.path is None) != (self.kind == "conformance"):
+            raise ExportError(f"kind {self.kind!r} and path {self.path} do not go together")
+        if self.max_batch_size is not None and not 1 <= self.max_batch_size <= 256:
             raise ExportError(f"max_batch_size is {self.max_batch_size}; allowed are 1 to 256")
         multiple = self.weights.size_multiple
         for side in self.size or ():
@@ -84,6 +115,18 @@ class ExportConfig:
                     f"size {height}x{width} is not usable for {self.weights.name}: height and width must be multiples "
                     f"of {multiple}, from {multiple} to 4096"
                 )
+        self.weights.require_acceptance(self.accept_non_commercial)
+        if self.kind == "onnx" or not self.weights.has_patch_order:
+            why = "an ONNX has it built in" if self.kind == "onnx" else "only BiRefNet has one"
+            if self.patch_order is not None:
+                raise ExportError(f"{self.weights.name}: no patch order can be chosen here: {why}")
+            if self.deform_conv != "native":
+                raise ExportError(f"{self.weights.name}: no deformable convolution can be chosen here: {why}")
+
+    @property
+    def wanted_size(self) -> tuple[int, int]:
+        """(height, width) of the export."""
+        return self.size or self.weights.input_size
 
 
 @dataclass(frozen=True)
@@ -97,6 +140,8 @@ class ExportResult:
         alias_path: Folder of the alias.
         onnx_sha256: Hex digest of the serving graph.
         onnx_bytes: Size of the serving graph.
+        nodes: Number of nodes of the serving graph by operator, the most frequent first.
+        giga_macs: Multiply-accumulate operations of one picture, in units of 1e9.
         contract: What the repository promises to clients.
         parity: The gates that it passed.
         seconds: Duration of the export.
@@ -108,19 +153,34 @@ class ExportResult:
     alias_path: Path
     onnx_sha256: str
     onnx_bytes: int
+    nodes: Mapping[str, int]
+    giga_macs: float
     contract: ModelContract
     parity: tuple[Comparison, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
+        plain = ("model", "engine", "onnx_sha256", "onnx_bytes", "giga_macs", "seconds")
         return {
-            **{key: getattr(self, key) for key in ("model", "engine", "onnx_sha256", "onnx_bytes", "seconds")},
+            **{key: getattr(self, key) for key in plain},
+            "nodes": dict(self.nodes),
             "engine_path": str(self.engine_path),
             "alias_path": str(self.alias_path),
             "contract": asdict(self.contract),
             "parity": [comparison.to_dict() for comparison in self.parity],
         }
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A core ONNX and what it must reproduce."""
+
+    core: Core
+    max_batch_size: int
+    plan: GatePlan
+    scenes: NDArray[np.uint8]
+    reference_maps: NDArray[Any]
 
 
 def export_model(config: ExportConfig) -> ExportResult:
@@ -134,36 +194,52 @@ def export_model(config: ExportConfig) -> ExportResult:
     """
     started = time.monotonic()
     weights = config.weights
-    _LOG.info("exporting %s from %s", config.model, config.path)
+    _LOG.info("exporting %s from %s", config.model, config.path or "random weights")
     wrap = ServingConfig(weights.mean, weights.std, sigmoid=weights.sigmoid, min_max=weights.min_max)
 
-    core, reference = _core_from_checkpoint(config) if config.kind == "checkpoint" else _core_from_onnx(config)
-    max_batch_size = config.max_batch_size if core.batched else 1
+    if config.kind == "onnx" and config.path is not None:
+        graph = _from_onnx(config, config.path, wrap)
+    else:
+        graph = _from_torch(config, wrap)
+    gc.collect()
+    core, max_batch_size = graph.core, graph.max_batch_size
+    contract = _contract(config, core, max_batch_size)
+    plan, scenes, reference_maps = graph.plan, graph.scenes, graph.reference_maps
+    images = scenes[: plan.scenes]
+    _LOG.info("comparing with the reference on %d pictures", plan.scenes)
+    parity = [require(compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap))]
     serving = build_serving(core, wrap)
-
-    scenes = make_scenes(max(_SCENES, min(max_batch_size, 8)), core.height, core.width)
-    parity = _gates(core, serving, reference, scenes, wrap, max_batch_size)
-
-    licence = _licence(config)
-    contract = ModelContract(
-        height=core.height,
-        width=core.width,
-        max_batch_size=max_batch_size,
-        resample=weights.resample,
-        alpha_resample=weights.alpha_resample,
-        architecture=weights.architecture,
-        weights=weights.name,
-        weights_sha256=digest(config.path, "sha256"),
-        weights_licence=licence,
-    )
+    del graph, core
+    nodes = dict(count_nodes(serving).most_common())
+    opset = next(entry.version for entry in serving.opset_import if entry.domain in ("", "ai.onnx"))
     serialized = serving.SerializeToString(deterministic=True)
+    del serving
+    run_serving = _remembering(make_runner(serialized))
+    parity.append(require(compare_serving(run_serving, reference_maps, images, wrap)))
+    if plan.batch_sizes:
+        _LOG.info("comparing batches of %s with single pictures", ", ".join(map(str, plan.batch_sizes)))
+        parity.append(require(compare_batches(run_serving, scenes, plan.batch_sizes)))
+    del run_serving
+
+    cost = giga_macs(weights.architecture, contract.height, contract.width)
+    onnx_sha256 = sha256(serialized).hexdigest()
+    onnx_facts = {
+        "sha256": onnx_sha256,
+        "bytes": len(serialized),
+        "opset": opset,
+        "nodes": sum(nodes.values()),
+        "nodes_by_type": nodes,
+    }
+    manifest = _manifest(config, contract, onnx_facts, cost, parity)
     engine = Engine(
         model=config.model,
         contract=contract,
         onnx=serialized,
-        manifest=_manifest(config, contract, serialized, serving, parity),
-        batching=config.batching,
+        manifest=manifest,
+        card=model_card(manifest, weights),
+        batching=config.batching or default_batching(cost, max_batch_size),
         instances=config.instances,
+        session_options=session_options(cost),
     )
     engine_path, alias_path = write_model(config.model_repository, engine)
     return ExportResult(
@@ -171,16 +247,43 @@ def export_model(config: ExportConfig) -> ExportResult:
         engine=engine.name,
         engine_path=engine_path,
         alias_path=alias_path,
-        onnx_sha256=sha256(serialized).hexdigest(),
+        onnx_sha256=onnx_sha256,
         onnx_bytes=len(serialized),
+        nodes=nodes,
+        giga_macs=round(cost, 1),
         contract=contract,
-        parity=parity,
+        parity=tuple(parity),
         seconds=round(time.monotonic() - started, 1),
     )
 
 
-def _core_from_checkpoint(config: ExportConfig) -> tuple[Core, Runner]:
+def _from_torch(config: ExportConfig, wrap: ServingConfig) -> _Graph:
     """Checkpoint → torch → core ONNX; the reference is the torch network."""
+    weights, (height, width) = config.weights, config.wanted_size
+    model = _load(config)
+    _check_room(config.model_repository, sum(tensor.nbytes for tensor in model.state_dict().values()))
+    if config.kind == "checkpoint":
+        _warn_about_size(weights, height, width)
+    max_batch_size, plan = _plan(config, height, width)
+    scenes = make_scenes(plan.pictures, height, width)
+
+    def reference(pixel_values: NDArray[Any]) -> NDArray[Any]:
+        with torch.inference_mode():
+            return np.asarray(model(torch.from_numpy(pixel_values)))
+
+    _LOG.info("running the torch network on %d pictures", plan.scenes)
+    reference_maps = run_maps(reference, scenes[: plan.scenes], wrap)
+    options: dict[str, Any] = {"output_name": "logits" if weights.sigmoid else "probability"}
+    if config.opset is not None:
+        options["opset"] = config.opset
+    if weights.has_patch_order:
+        options["deform_conv"] = config.deform_conv
+    core = export_core(model, ToOnnxConfig(height, width, **options))
+    return _Graph(Core(core, height, width, batched=True), max_batch_size, plan, scenes, reference_maps)
+
+
+def _load(config: ExportConfig) -> torch.nn.Module:
+    """Build the architecture and fill it, image patches in the current order."""
     weights = config.weights
     if weights.architecture not in MODEL_BUILDERS:
         raise ExportError(
@@ -188,97 +291,161 @@ def _core_from_checkpoint(config: ExportConfig) -> tuple[Core, Runner]:
             "ONNX with --onnx"
         )
     model = build_model(weights.architecture, **weights.options)
-    load_into(model, read_state_dict(config.path), weights.training_only)
-    height, width = config.size or weights.input_size
-    if (height, width) != weights.input_size:
-        trained_height, trained_width = weights.input_size
-        _LOG.warning(
-            "%s was trained at %dx%d; at %dx%d it sees objects at another scale than it learned, look at the result",
-            *(weights.name, trained_height, trained_width, height, width),
+    if config.path is None:
+        from matteserve_export.conformance import fill_module
+
+        fill_module(model, _CONFORMANCE_SEED)
+        return model
+    order = _patch_order(config)
+    state = read_state_dict(config.path)
+    if order is not None:
+        _LOG.info("patch order of the checkpoint: %s (%s)", order, _basis(config))
+        with contextlib.suppress(ValueError):  # not a BiRefNet at all: load_into will say what it is
+            state = convert_patch_order(state, source=order, target="current")
+    load_into(model, state, TRAINING_ONLY.get(weights.architecture, ()))
+    return model
+
+
+def _patch_order(config: ExportConfig) -> PatchOrder | None:
+    """The order in which the checkpoint expects image patches; None for an architecture without them."""
+    weights = config.weights
+    if not weights.has_patch_order or config.kind != "checkpoint":
+        return None
+    order = config.patch_order or weights.patch_order
+    if order is None:
+        raise ExportError(
+            f"{weights.name}: in which order these weights expect their image patches is not known "
+            f"({weights.patch_order_basis}); choose with --patch-order current or --patch-order legacy, and compare "
+            "both on a picture: the wrong one fails nowhere but makes the mask worse"
         )
-    output_name = "logits" if weights.sigmoid else "probability"
-    core = export_core(model, ToOnnxConfig(height, width, output_name, config.opset))
-
-    def reference(pixel_values: NDArray[Any]) -> NDArray[Any]:
-        with torch.inference_mode():
-            return np.asarray(model(torch.from_numpy(pixel_values)))
-
-    return Core(core, height, width, batched=True), reference
+    return order
 
 
-def _core_from_onnx(config: ExportConfig) -> tuple[Core, Runner]:
+def _basis(config: ExportConfig) -> str:
+    return "as chosen" if config.patch_order is not None else config.weights.patch_order_basis
+
+
+def _from_onnx(config: ExportConfig, path: Path, wrap: ServingConfig) -> _Graph:
     """Public float ONNX → core ONNX; the reference is the file as it came, picture by picture."""
-    original = load_core(config.path)
-    core = prepare_core(original, config.size)
-    return core, make_runner(original)
+    original = load_core(path)
+    _check_room(config.model_repository, path.stat().st_size)
+    wanted = config.max_batch_size or default_batch_size(giga_macs(config.weights.architecture, *config.wanted_size))
+    core = prepare_core(original, config.size, try_batch=wanted > 1)
+    max_batch_size, plan = _plan(config, core.height, core.width) if core.batched else (1, GatePlan(2, ()))
+    scenes = make_scenes(plan.pictures, core.height, core.width)
+    reference_maps = run_maps(make_runner(original), scenes[: plan.scenes], wrap)
+    return _Graph(core, max_batch_size, plan, scenes, reference_maps)
 
 
-def _gates(
-    core: Core,
-    serving: onnx.ModelProto,
-    reference: Runner,
-    scenes: NDArray[np.uint8],
-    wrap: ServingConfig,
-    max_batch_size: int,
-) -> tuple[Comparison, ...]:
-    """Compare every stage with the one before; raise at the first that fails."""
-    images = scenes[:_SCENES]
-    _LOG.info("comparing with the reference on %d pictures, and batches with single pictures", len(images))
-    reference_maps = run_maps(reference, images, wrap)
-    run_serving = make_runner(serving)
-    parity = [
-        require(compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap)),
-        require(compare_serving(run_serving, reference_maps, images, wrap)),
-    ]
-    if max_batch_size > 1:
-        sizes = range(1, min(max_batch_size, 8) + 1)
-        parity.append(require(compare_batches(run_serving, scenes, sizes)))
-    return tuple(parity)
+def _plan(config: ExportConfig, height: int, width: int) -> tuple[int, GatePlan]:
+    """Largest batch, and what is compared."""
+    cost = giga_macs(config.weights.architecture, height, width)
+    max_batch_size = config.max_batch_size or default_batch_size(cost)
+    return max_batch_size, gate_plan(cost, max_batch_size)
+
+
+def _warn_about_size(weights: Weights, height: int, width: int) -> None:
+    """Say what to expect if the size is far from what the weights were trained at."""
+    if weights.size_range is not None:
+        low, high = weights.size_range
+        if low <= min(height, width) and max(height, width) <= high:
+            return
+        trained = f"at sizes from {low} to {high}"
+    else:
+        trained_height, trained_width = weights.input_size
+        if abs(height / trained_height - 1) <= 1 / 8 and abs(width / trained_width - 1) <= 1 / 8:
+            return
+        trained = f"at {trained_height}x{trained_width}"
+    effect = f" ({weights.size_effect})" if weights.size_effect else ""
+    _LOG.warning(
+        "%s was trained %s; at %dx%d it sees objects at another scale than it learned%s: look at the result",
+        *(weights.name, trained, height, width, effect),
+    )
+
+
+def _check_room(repository: Path, graph_bytes: int) -> None:
+    """Refuse before the work starts, not after minutes, if the graph will not fit on the disk."""
+    existing = next(path for path in (repository, *repository.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < graph_bytes * 1.1:
+        raise RepositoryError(
+            f"{repository}: no room for the model: it needs about {graph_bytes * 1.1 / 2**20:.0f} MiB, free are "
+            f"{free / 2**20:.0f} MiB; make room, or choose another place with --model-repository"
+        )
+
+
+def _remembering(run: Runner) -> Runner:
+    """The same, but a single picture is run once, however many comparisons ask for it."""
+    known: dict[bytes, NDArray[Any]] = {}
+
+    def remembered(pictures: NDArray[Any]) -> NDArray[Any]:
+        if len(pictures) != 1:
+            return run(pictures)
+        key = sha256(pictures.tobytes()).digest()
+        if key not in known:
+            known[key] = run(pictures)
+        return known[key]
+
+    return remembered
+
+
+def _contract(config: ExportConfig, core: Core, max_batch_size: int) -> ModelContract:
+    weights = config.weights
+    return ModelContract(
+        height=core.height,
+        width=core.width,
+        max_batch_size=max_batch_size,
+        resample=weights.resample,
+        alpha_resample=weights.alpha_resample,
+        architecture=weights.architecture,
+        weights=weights.name if config.path is not None else "random",
+        weights_sha256=digest(config.path, "sha256") if config.path is not None else "",
+        weights_licence=_licence(config),
+    )
 
 
 def _licence(config: ExportConfig) -> str:
-    """The weights' licence; "unknown" if the file is shown to be another one than the registry's."""
-    weights = config.weights
-    source = weights.source(config.kind)
-    for algorithm in ("sha256", "md5"):
-        expected = getattr(source, algorithm, None)
-        if expected is not None:
-            if digest(config.path, algorithm) == expected:
-                return weights.weights_licence
-            _LOG.warning("%s is not the released %s: its licence is recorded as unknown", config.path, weights.name)
-            return "unknown"
-    return weights.weights_licence
+    """The weights' licence; "unknown" if the file is shown to be another one than those of the registry."""
+    weights, path = config.weights, config.path
+    if path is None:
+        return "none"
+    candidates = [source for source in weights.sources if Path(source.file_name).suffix == path.suffix]
+    for source in candidates:
+        expected = source.sha256 or source.md5
+        if expected is None or digest(path, "sha256" if source.sha256 else "md5") == expected:
+            return weights.weights_licence
+    _LOG.warning("%s is not the released %s: its licence is recorded as unknown", path, weights.name)
+    return "unknown"
 
 
 def _manifest(
     config: ExportConfig,
     contract: ModelContract,
-    serialized: bytes,
-    serving: onnx.ModelProto,
-    parity: tuple[Comparison, ...],
+    onnx_facts: Mapping[str, Any],
+    cost: float,
+    parity: list[Comparison],
 ) -> dict[str, Any]:
     weights = config.weights
+    order = _patch_order(config)
     return {
         "schema_version": _MANIFEST_SCHEMA,
         "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": config.model,
         "engine": contract.engine,
         "precision": contract.precision,
-        "onnx": {
-            "sha256": sha256(serialized).hexdigest(),
-            "bytes": len(serialized),
-            "opset": next(entry.version for entry in serving.opset_import if entry.domain in ("", "ai.onnx")),
-            "nodes": len(serving.graph.node),
-        },
+        "onnx": dict(onnx_facts),
         "weights": {
-            "name": weights.name,
+            "name": contract.weights,
+            "random": config.path is None,
             "architecture": weights.architecture,
             "source": config.kind,
-            "file": config.path.name,
+            "file": config.path.name if config.path is not None else None,
             "sha256": contract.weights_sha256,
             "licence": contract.weights_licence,
             "code_licence": weights.code_licence,
             "paper": weights.paper,
+            # The graph always has the current order; this is what the checkpoint was read as.
+            **({"patch_order": order, "patch_order_basis": _basis(config)} if order is not None else {}),
         },
         "input": {
             "height": contract.height,
@@ -289,6 +456,8 @@ def _manifest(
             "sigmoid": weights.sigmoid,
             "min_max": weights.min_max,
         },
+        "giga_macs": round(cost, 1),
+        **({"deform_conv": config.deform_conv} if weights.has_patch_order and config.kind != "onnx" else {}),
         "parity": [comparison.to_dict() for comparison in parity],
         "producer": {
             "matteserve": __version__,

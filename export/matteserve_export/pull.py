@@ -3,6 +3,9 @@
 The bytes go to `<file>.part` and are renamed only after size and digests were checked, so that a file under its final
 name is always whole. An interrupted download is continued where it stopped, if the server can do that and still has the
 same file (`If-Range` with the ETag kept in `<file>.part.etag`); otherwise it starts again.
+
+Where the registry knows no digest, the one that Hugging Face announces with its redirect (`X-Linked-ETag`, the file's
+SHA-256) is checked: it tells a damaged transfer, though not a file that was exchanged by its publisher.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import fcntl
 import http.client
 import logging
 import os
+import re
 import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,12 +49,14 @@ class PullConfig:
         attempts: How often an interrupted transfer is taken up again before giving up.
         backoff_s: Seconds to wait before the second attempt; twice as long before each further one.
         schemes: Address schemes allowed, also after redirects.
+        accept_non_commercial: Weights whose licence forbids commercial use are refused without it.
     """
 
     timeout_s: float = 30.0
     attempts: int = 3
     backoff_s: float = 1.0
     schemes: tuple[str, ...] = ("https",)
+    accept_non_commercial: bool = False
 
 
 class _InterruptedTransferError(Exception):
@@ -76,7 +82,12 @@ def find_cached(weights: Weights, directory: Path) -> tuple[SourceKind, Path] | 
 
 
 def pull(
-    weights: Weights, directory: Path, progress: Progress | None = None, config: PullConfig | None = None
+    weights: Weights,
+    directory: Path,
+    progress: Progress | None = None,
+    config: PullConfig | None = None,
+    *,
+    kind: SourceKind | None = None,
 ) -> tuple[Source, Path]:
     """Fetch weights into a directory.
 
@@ -85,17 +96,23 @@ def pull(
         directory: Made if it does not exist.
         progress: Told how far it is.
         config: Timeouts and attempts.
+        kind: "checkpoint" or "onnx"; None takes the first file that has an address.
 
     Returns:
         The source that was taken and its file, whose size and digests are as the registry says.
 
     Raises:
+        ExportError: The licence forbids commercial use, and that was not accepted.
         DownloadError: No address, no network, another file than expected, or no room on the disk.
     """
     config = config or PullConfig()
-    source = weights.downloadable
-    if source is None:
-        raise DownloadError(_by_hand(weights, directory, f"{weights.name} has no stable download address"))
+    weights.require_acceptance(config.accept_non_commercial)
+    source = weights.source(kind) if kind is not None else weights.downloadable
+    if not weights.sources:
+        raise DownloadError(f"{weights.name}: no weights are released; export your own with --weights")
+    if source is None or source.address is None:
+        what = f"{weights.name} as {kind}" if kind is not None else weights.name
+        raise DownloadError(_by_hand(weights, directory, f"{what} has no stable download address"))
     target = directory / source.file_name
     if target.exists():
         problem = _mismatch(source, target)
@@ -104,20 +121,20 @@ def pull(
         return source, target
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _fetch(weights, source, target, progress or (lambda _done, _total: None), config)
+        source = _fetch(weights, source, target, progress or (lambda _done, _total: None), config)
     except OSError as exc:
-        if exc.errno == errno.ENOSPC:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             size = f" ({source.size_bytes / 2**20:.0f} MiB needed)" if source.size_bytes else ""
             raise DownloadError(
-                f"{directory}: the disk is full{size}; make room, or choose another place with --directory; "
-                "what was fetched so far is kept and will be continued"
+                f"{directory}: the disk is full, or a limit is reached{size}; make room, or choose another place with "
+                "--directory; what was fetched so far is kept and will be continued"
             ) from exc
         raise DownloadError(f"{directory}: cannot write there ({exc.strerror or exc}); use --directory") from exc
     return source, target
 
 
-def _fetch(weights: Weights, source: Source, target: Path, progress: Progress, config: PullConfig) -> None:
-    """Fill the part file over several attempts, check it, rename it."""
+def _fetch(weights: Weights, source: Source, target: Path, progress: Progress, config: PullConfig) -> Source:
+    """Fill the part file over several attempts, check it, rename it; return what is known about the file then."""
     part = target.with_name(target.name + ".part")
     with part.open("ab") as stream:
         try:
@@ -126,7 +143,7 @@ def _fetch(weights: Weights, source: Source, target: Path, progress: Progress, c
             raise DownloadError(f"{part}: another process is downloading it; wait for that one") from exc
         for attempt in range(1, config.attempts + 1):
             try:
-                _transfer(source, stream, part, progress, config)
+                source = _transfer(source, stream, part, progress, config)
                 break
             except _InterruptedTransferError as exc:
                 if attempt == config.attempts:
@@ -155,25 +172,28 @@ def _fetch(weights: Weights, source: Source, target: Path, progress: Progress, c
             _LOG.warning("%s: no digest is known, so only the transfer was checked, not the content", source.file_name)
         part.replace(target)
         _etag_path(part).unlink(missing_ok=True)
+    return source
 
 
-def _transfer(source: Source, stream: IO[bytes], part: Path, progress: Progress, config: PullConfig) -> None:
-    """One connection: continue the part file or start it again."""
+def _transfer(source: Source, stream: IO[bytes], part: Path, progress: Progress, config: PullConfig) -> Source:
+    """One connection: continue the part file or start it again. Returns the source with what the server announced."""
     done = part.stat().st_size
     etag = _etag_path(part).read_text() if _etag_path(part).is_file() else ""
     headers = {"User-Agent": f"matteserve/{__version__}", "Accept-Encoding": "identity"}
     if source.size_bytes is not None and done > source.size_bytes:
         done = 0
     elif done and done == source.size_bytes:
-        return
+        return source
     # Without an ETag only a known digest can tell that the two halves belong together.
     if done and (etag or source.verifiable):
         headers["Range"] = f"bytes={done}-"
         if etag:
             headers["If-Range"] = etag
     try:
-        with _open(source, headers, config) as response:
+        response, source = _open(source, headers, config)
+        with response:
             _receive(response, source, stream, part, progress)
+        return source
     except urllib.error.HTTPError as exc:
         exc.close()
         if exc.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -188,18 +208,23 @@ def _transfer(source: Source, stream: IO[bytes], part: Path, progress: Progress,
         raise _InterruptedTransferError(f"the connection broke ({exc or type(exc).__name__})") from exc
 
 
-def _open(source: Source, headers: dict[str, str], config: PullConfig) -> Any:
-    """Open the address; every redirect must stay within the allowed schemes."""
+def _open(source: Source, headers: dict[str, str], config: PullConfig) -> tuple[Any, Source]:
+    """Open the address; every redirect must stay within the allowed schemes, and may announce a digest."""
+    announced: dict[str, str] = {}
 
     class _Redirects(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
             _check_scheme(newurl, config)
+            announced.setdefault("sha256", headers.get("X-Linked-ETag", "").strip('"').lower())
             return super().redirect_request(req, fp, code, msg, headers, newurl)
 
     address = source.address or ""
     _check_scheme(address, config)
     request = urllib.request.Request(address, headers=headers)
-    return urllib.request.build_opener(_Redirects).open(request, timeout=config.timeout_s)
+    response = urllib.request.build_opener(_Redirects).open(request, timeout=config.timeout_s)
+    if not source.verifiable and re.fullmatch(r"[0-9a-f]{64}", announced.get("sha256", "")):
+        source = replace(source, sha256=announced["sha256"])
+    return response, source
 
 
 def _check_scheme(address: str, config: PullConfig) -> None:

@@ -6,6 +6,7 @@
       u2netp/config.pbtxt                    the alias: an ensemble with one step
       u2netp/1/.gitkeep                      Triton wants a version folder, git does not keep empty ones
       u2netp_onnx_fp32/config.pbtxt          the engine: batcher, queue, instances, warm-up, contract
+      u2netp_onnx_fp32/MODEL_CARD.md         for people; Triton does not look at it
       u2netp_onnx_fp32/1/model.onnx
       u2netp_onnx_fp32/1/manifest.json
 
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_OWN_FILES = frozenset({"config.pbtxt", "1"})
+_OWN_FILES = frozenset({"config.pbtxt", "1", "MODEL_CARD.md"})
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,20 @@ class Engine:
         contract: What a client must know.
         onnx: The serving graph, serialized.
         manifest: Provenance and parity figures; written beside the graph.
+        card: Model card in Markdown; none is written if it is empty.
         batching: Dynamic batcher.
         instances: Instance group.
+        session_options: Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads them.
     """
 
     model: str
     contract: ModelContract
     onnx: bytes
     manifest: Mapping[str, Any]
+    card: str = ""
     batching: DynamicBatching = field(default_factory=DynamicBatching)
     instances: InstanceGroup = field(default_factory=InstanceGroup)
+    session_options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_model_name(self.model)
@@ -140,6 +145,8 @@ def engine_config(engine: Engine) -> Any:
     config.backend = "onnxruntime"
     config.default_model_filename = "model.onnx"
     config.version_policy.latest.num_versions = 1
+    for key, value in engine.session_options.items():
+        config.parameters[key].string_value = value
     config.instance_group.add(
         count=instances.count, kind=model_config_pb2.ModelInstanceGroup.Kind.Value(instances.kind)
     )
@@ -198,6 +205,8 @@ def write_model(repository: Path, engine: Engine) -> tuple[Path, Path]:
             (staged_engine / "1" / "model.onnx").write_bytes(engine.onnx)
             manifest = json.dumps(engine.manifest, indent=2, sort_keys=True, ensure_ascii=False)
             (staged_engine / "1" / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+            if engine.card:
+                (staged_engine / "MODEL_CARD.md").write_text(engine.card, encoding="utf-8")
             staged_alias = _stage(staging / engine.model, alias_path, alias_config(engine))
             (staged_alias / "1" / ".gitkeep").touch()
             _flush(staging)

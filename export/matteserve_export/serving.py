@@ -102,7 +102,7 @@ def load_core(path: Path) -> onnx.ModelProto:
     return model
 
 
-def prepare_core(model: onnx.ModelProto, size: tuple[int, int] | None = None) -> Core:
+def prepare_core(model: onnx.ModelProto, size: tuple[int, int] | None = None, *, try_batch: bool = True) -> Core:
     """Bring any float ONNX with one picture input to the form that the wrap takes.
 
     Only the first output is kept (segmentation networks return deeply supervised side maps after it), what no longer
@@ -112,6 +112,7 @@ def prepare_core(model: onnx.ModelProto, size: tuple[int, int] | None = None) ->
     Args:
         model: A float32 ONNX; input [B, 3, H, W], first output [B, 1, H, W] or [B, H, W].
         size: (height, width) for a model that leaves them open; must agree with a model that does not.
+        try_batch: Whether a batch is wanted at all; the trial takes the time and the memory of two pictures.
 
     Raises:
         OnnxError: Another dtype, rank or number of channels, no size, or the model does not run.
@@ -125,6 +126,8 @@ def prepare_core(model: onnx.ModelProto, size: tuple[int, int] | None = None) ->
         raise OnnxError(f"ONNX Runtime cannot run this model: {exc}") from exc
     if shape not in ((1, 1, height, width), (1, height, width)):
         raise OnnxError(f"the ONNX's first output has shape {list(shape)}; expected one map, [1, 1, {height}, {width}]")
+    if not try_batch:
+        return Core(model, height, width, False)
     dynamic = onnx.ModelProto()
     dynamic.CopyFrom(model)
     try:

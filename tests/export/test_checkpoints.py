@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from matteserve_export import CheckpointError
 from matteserve_export.checkpoints import load_into, read_state_dict
-from matteserve_export.models import build_model
+from matteserve_export.models import MODEL_BUILDERS, build_model
+from support.conformance import recorded_keys
 
 State = dict[str, Tensor]
 
@@ -79,6 +80,16 @@ def test_missing_entries_are_listed_shortly(state: State) -> None:
 def test_the_fitting_architecture_is_named(state: State) -> None:
     with pytest.raises(CheckpointError, match=r"with another shape: .* these weights fit the architecture u2netp$"):
         load_into(build_model("u2net"), state)
+
+
+@pytest.mark.parametrize("architecture", MODEL_BUILDERS)
+def test_every_architecture_is_recognised_by_its_released_entries(architecture: str) -> None:
+    """Training-only entries included, as they come; without memory for the weights."""
+    entries = recorded_keys()[architecture]["entries"]
+    released = {name: torch.empty(shape, device="meta") for name, shape, *_ in entries}
+    other = "u2netp" if architecture != "u2netp" else "u2net"
+    with pytest.raises(CheckpointError, match=rf"these weights fit the architecture {architecture}$"):
+        load_into(build_model(other), released)
 
 
 class _RunsCode:

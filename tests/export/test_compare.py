@@ -59,6 +59,18 @@ def test_a_correct_graph_passes(core: Core, reference: Runner, config: ServingCo
 
 
 @pytest.mark.parametrize(
+    ("error", "sigmoid", "passed"), [(2e-4, False, False), (2e-4, True, True), (2e-3, True, False)]
+)
+def test_logits_may_differ_by_more_than_probabilities(
+    config: ServingConfig, error: float, sigmoid: bool, passed: bool
+) -> None:
+    maps = np.linspace(-9, 9, 64 * 64, dtype=np.float32).reshape(1, 1, 64, 64)
+    other = maps.copy()
+    other[0, 0, 5, 5] += error
+    assert compare_core(other, maps, dataclasses.replace(config, sigmoid=sigmoid, min_max=False)).passed == passed
+
+
+@pytest.mark.parametrize(
     "mistake",
     [
         {"mean": (0.5, 0.456, 0.406)},

@@ -7,18 +7,19 @@ import fcntl
 import hashlib
 import http.server
 import random
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from matteserve_export import DownloadError
+from matteserve_export import DownloadError, ExportError
 from matteserve_export.pull import PullConfig, cache_directory, find_cached, pull
 from matteserve_export.weights import Source, Weights, find_weights
 
@@ -35,6 +36,7 @@ class Publisher:
     ranges: bool = True
     status: int = 200
     redirect: str = ""
+    announced: str = ""  # X-Linked-ETag with a redirect from /resolve/… to the file
     announce: bool = True
     claims_bytes: int | None = None
     cut_after: list[int] = field(default_factory=list)  # bytes of the body per request; then the connection closes
@@ -50,6 +52,13 @@ def publisher() -> Iterator[Publisher]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if self.path.startswith("/resolve/"):
+                self.send_response(302)
+                self.send_header("Location", "/u2netp.onnx")
+                self.send_header("X-Linked-ETag", state.announced)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             start = self._start()
             state.asked.append(self.headers.get("Range", ""))
             if state.redirect:
@@ -184,6 +193,46 @@ def test_without_etag_and_digest_nothing_is_continued(
     assert "no digest is known" in caplog.text
 
 
+@pytest.mark.parametrize("quotes", ["", '"'])
+def test_a_digest_that_the_server_announces_is_checked(publisher: Publisher, tmp_path: Path, quotes: str) -> None:
+    """As Hugging Face does it: the digest comes with the redirect, the file from elsewhere."""
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    publisher.announced, publisher.cut_after = quotes + sha256 + quotes, [400_000]
+    unknown = _weights(publisher.address.replace("/u2netp", "/resolve/u2netp"), md5=None, sha256=None, size_bytes=None)
+    source, path = pull(unknown, tmp_path / "good", config=CONFIG)
+    assert path.read_bytes() == CONTENT
+    assert source.sha256 == sha256
+    assert publisher.asked == ["", "bytes=400000-"]
+    publisher.content = CONTENT[:-1] + b"!"
+    with pytest.raises(DownloadError, match=f"expected is {sha256}; it was removed"):
+        pull(unknown, tmp_path / "bad", config=CONFIG)
+    assert _names(tmp_path / "bad") == []
+
+
+def test_an_announced_digest_never_replaces_a_known_one(publisher: Publisher, tmp_path: Path) -> None:
+    publisher.announced = hashlib.sha256(b"another").hexdigest()
+    _, path = pull(_weights(publisher.address.replace("/u2netp", "/resolve/u2netp")), tmp_path, config=CONFIG)
+    assert path.read_bytes() == CONTENT
+
+
+def test_the_kind_can_be_chosen(publisher: Publisher, tmp_path: Path) -> None:
+    onnx = _weights(publisher.address).sources[0]
+    checkpoint = dataclasses.replace(onnx, kind="checkpoint", file_name="w.safetensors", address="http://127.0.0.1:1/")
+    weights = dataclasses.replace(find_weights("u2netp"), sources=(checkpoint, onnx))
+    source, path = pull(weights, tmp_path, config=CONFIG, kind="onnx")
+    assert (source.kind, path.name) == ("onnx", "u2netp.onnx")
+    with pytest.raises(DownloadError, match="u2netp as checkpoint has no stable download address"):
+        pull(_weights(publisher.address), tmp_path, config=CONFIG, kind="checkpoint")
+
+
+def test_non_commercial_weights_are_refused_before_a_byte_is_asked_for(publisher: Publisher, tmp_path: Path) -> None:
+    weights = dataclasses.replace(_weights(publisher.address), non_commercial=True, weights_licence="CC-BY-NC-4.0")
+    with pytest.raises(ExportError, match="--accept-non-commercial"):
+        pull(weights, tmp_path, config=CONFIG)
+    assert publisher.asked == []
+    pull(weights, tmp_path, config=dataclasses.replace(CONFIG, accept_non_commercial=True))
+
+
 def test_a_complete_part_is_only_checked(weights: Weights, publisher: Publisher, tmp_path: Path) -> None:
     (tmp_path / "u2netp.onnx.part").write_bytes(CONTENT)
     _, path = pull(weights, tmp_path, config=CONFIG)
@@ -286,6 +335,11 @@ def test_no_address(tmp_path: Path) -> None:
         pull(_weights(None), tmp_path, config=CONFIG)
 
 
+def test_nothing_is_released(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="birefnet_swin_b: no weights are released; export your own"):
+        pull(find_weights("birefnet_swin_b"), tmp_path, config=CONFIG)
+
+
 def test_another_file_is_in_the_place(weights: Weights, tmp_path: Path) -> None:
     (tmp_path / "u2netp.onnx").write_bytes(b"mine")
     with pytest.raises(DownloadError, match="exists and has 4 bytes, expected are 1500000; remove it"):
@@ -310,8 +364,32 @@ def test_a_full_disk(publisher: Publisher, tmp_path: Path) -> None:
     """The file is larger than what is free: refused before the first byte."""
     publisher.claims_bytes = shutil.disk_usage(tmp_path).free * 4
     huge = _weights(publisher.address, size_bytes=publisher.claims_bytes)
-    with pytest.raises(DownloadError, match=r"the disk is full \(\d+ MiB needed\); make room, or .* --directory"):
+    with pytest.raises(DownloadError, match=r"the disk is full, .* \(\d+ MiB needed\); make room, or .* --directory"):
         pull(huge, tmp_path, config=CONFIG)
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """Lets no file grow beyond a number of bytes, by the kernel; -1 takes the limit away."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_room_that_runs_out_on_the_way(
+    weights: Weights, publisher: Publisher, tmp_path: Path, file_limit: Callable[[int], None]
+) -> None:
+    file_limit(600_000)
+    with pytest.raises(
+        DownloadError, match=r"disk is full, or a limit is reached \(1 MiB needed\).* will be continued"
+    ):
+        pull(weights, tmp_path, config=CONFIG)
+    assert _names(tmp_path) == ["u2netp.onnx.part", "u2netp.onnx.part.etag"]
+    kept = (tmp_path / "u2netp.onnx.part").stat().st_size
+    assert 0 < kept <= 600_000
+    file_limit(-1)
+    assert pull(weights, tmp_path, config=CONFIG)[1].read_bytes() == CONTENT
+    assert publisher.asked == ["", f"bytes={kept}-"]
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

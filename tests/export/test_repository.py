@@ -77,6 +77,20 @@ def test_settings_arrive(engine: Engine) -> None:
     assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
 
 
+def test_session_options_arrive_beside_the_contract(engine: Engine) -> None:
+    config = engine_config(dataclasses.replace(engine, session_options={"enable_mem_arena": "0"}))
+    assert config.parameters["enable_mem_arena"].string_value == "0"
+    assert ModelContract.from_config(config) == engine.contract
+    assert "enable_mem_arena" not in alias_config(engine).parameters
+
+
+def test_a_card_is_written_and_replaced(engine: Engine, tmp_path: Path) -> None:
+    engine_path, _ = write_model(tmp_path / "r", dataclasses.replace(engine, card="# one\n"))
+    assert (engine_path / "MODEL_CARD.md").read_text(encoding="utf-8") == "# one\n"
+    write_model(tmp_path / "r", engine)
+    assert not (engine_path / "MODEL_CARD.md").exists()
+
+
 def test_what_is_written(engine: Engine, tmp_path: Path) -> None:
     repository = tmp_path / "deep" / "model_repository"
     engine_path, alias_path = write_model(repository, engine)

@@ -1,0 +1,126 @@
+"""What a model costs, and the settings that follow from it.
+
+One set of defaults cannot serve a network that answers in milliseconds and one that takes seconds: 64 waiting requests
+are a second of work for the first and half an hour for the second. So batch, queue and gates are derived from the
+multiply-accumulate operations (MACs) of one picture at the size at hand. Every default can be overridden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matteserve_export.repository import DynamicBatching
+
+__all__ = ["GatePlan", "default_batch_size", "default_batching", "gate_plan", "giga_macs", "session_options"]
+
+# Giga-MACs of one picture, counted over convolutions, linear layers, attention and the main product of the deformable
+# convolutions, and the side of the square picture they were counted at. They grow with the area.
+_COUNTED = {
+    "u2net": (58.6, 320),
+    "u2netp": (19.8, 320),
+    "silueta": (58.6, 320),  # a smaller U²-Net that nobody counted
+    "isnet": (159.7, 1024),
+    "isnet_anime": (159.7, 1024),
+    "birefnet": (1267.5, 1024),
+    "birefnet_lite": (321.0, 1024),
+    "birefnet_swin_b": (673.3, 1024),
+    "birefnet_swin_s": (439.6, 1024),
+    "birefnet_pvt_v2_b2": (347.0, 1024),
+}
+# Nobody counted it: taken for as costly as the costliest, so that a surprise is a pleasant one.
+_UNCOUNTED = _COUNTED["birefnet"]
+
+# Two AVX2 cores do 40 to 70 giga-MACs a second on these networks; the slowest machine that the defaults have in mind.
+_SLOW_GIGA_MACS_PER_S = 40.0
+_LARGEST_BATCH = 8
+_BATCH_GIGA_MACS = 650.0
+_LARGE_GIGA_MACS = 200.0
+
+
+def giga_macs(architecture: str, height: int, width: int) -> float:
+    """Giga-MACs of one picture."""
+    macs, side = _COUNTED.get(architecture, _UNCOUNTED)
+    return macs * height * width / side**2
+
+
+def default_batch_size(cost: float) -> int:
+    """Largest batch that is worth having: a power of two up to 8 whose work stays bounded.
+
+    Batches share the costs that come once per run; a picture of hundreds of giga-MACs fills any device by itself, and
+    its batches would only take memory, and time from whoever waits behind them.
+
+    Args:
+        cost: Giga-MACs of one picture.
+    """
+    size = _LARGEST_BATCH
+    while size > 1 and size * cost > _BATCH_GIGA_MACS:
+        size //= 2
+    return size
+
+
+def default_batching(cost: float, max_batch_size: int) -> DynamicBatching:
+    """Batcher and queue of a model.
+
+    A request that waits too long is refused rather than computed for nobody: the bound is the time that a slow machine
+    needs for four pictures, and a minute at least. The queue is as long as that time allows, but has room for 16, so
+    that a fast machine is not kept from taking a burst.
+
+    Args:
+        cost: Giga-MACs of one picture.
+        max_batch_size: Largest batch.
+    """
+    picture_s = cost / _SLOW_GIGA_MACS_PER_S
+    timeout_s = min(max(60.0, 4 * picture_s), 600.0)
+    # Waiting for company is worth a tenth of a run at most, and a run is short where batches matter: on a GPU.
+    delay_us = round(min(max(4 * cost, 500), 5_000)) if max_batch_size > 1 else 0
+    return DynamicBatching(
+        max_queue_delay_us=delay_us,
+        max_queue_size=round(min(max(timeout_s / picture_s, 16), 64)),
+        default_queue_timeout_us=round(timeout_s * 1e6),
+    )
+
+
+def session_options(cost: float) -> dict[str, str]:
+    """Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads.
+
+    The CPU arena keeps what a run took for the next one. For a large network that is gigabytes held by an idle server,
+    to save a part of a run that takes seconds anyway.
+
+    Args:
+        cost: Giga-MACs of one picture.
+    """
+    return {"enable_mem_arena": "0"} if cost > _LARGE_GIGA_MACS else {}
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """How much is compared before a model is published.
+
+    Attributes:
+        scenes: Pictures for the comparisons with the reference.
+        batch_sizes: Batches whose rows are compared with single pictures; empty where the largest batch is 1.
+    """
+
+    scenes: int
+    batch_sizes: tuple[int, ...]
+
+    @property
+    def pictures(self) -> int:
+        """Pictures needed in all."""
+        return max(self.scenes, *self.batch_sizes, 1)
+
+
+def gate_plan(cost: float, max_batch_size: int) -> GatePlan:
+    """Choose the comparisons: all batches of a cheap model, a batch of two of one that takes seconds.
+
+    A graph with a batch baked in somewhere is wrong at two rows already.
+
+    Args:
+        cost: Giga-MACs of one picture.
+        max_batch_size: Largest batch.
+    """
+    largest = max(2, default_batch_size(cost))
+    step = 1 if largest == _LARGEST_BATCH else largest // 2  # all; 2 and 4; or 2
+    sizes = range(2, largest + 1, step)
+    batches = tuple(size for size in sizes if size <= max_batch_size)
+    return GatePlan(scenes=4 if largest > 2 else 2, batch_sizes=batches)

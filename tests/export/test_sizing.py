@@ -1,0 +1,63 @@
+"""Settings by cost: sensible for a network of milliseconds and for one of many seconds."""
+
+from __future__ import annotations
+
+import pytest
+
+from matteserve_export.models import MODEL_BUILDERS
+from matteserve_export.sizing import default_batch_size, default_batching, gate_plan, giga_macs, session_options
+from matteserve_export.weights import REGISTRY, Weights
+
+ALL = pytest.mark.parametrize("weights", REGISTRY.values(), ids=REGISTRY)
+
+
+@pytest.mark.parametrize("architecture", MODEL_BUILDERS)
+def test_every_architecture_was_counted(architecture: str) -> None:
+    assert giga_macs(architecture, 320, 320) != giga_macs("never heard of", 320, 320) or architecture == "birefnet"
+
+
+def test_cost_grows_with_the_area() -> None:
+    assert giga_macs("birefnet", 2048, 1024) == pytest.approx(2 * 1267.5)
+    assert giga_macs("u2net", 160, 320) == pytest.approx(58.6 / 2)
+
+
+@pytest.mark.parametrize(("cost", "batch"), [(0.1, 8), (58.6, 8), (81.3, 4), (159.7, 4), (321.0, 2), (1267.5, 1)])
+def test_the_largest_batch_falls_with_the_cost(cost: float, batch: int) -> None:
+    assert default_batch_size(cost) == batch
+
+
+@ALL
+def test_waiting_is_bounded_and_long_enough_for_a_slow_machine(weights: Weights) -> None:
+    cost = giga_macs(weights.architecture, *weights.input_size)
+    batch = default_batch_size(cost)
+    batching = default_batching(cost, batch)
+    assert 16 <= batching.max_queue_size <= 64
+    assert 60 <= batching.default_queue_timeout_us / 1e6 <= 600
+    # Who arrives behind a picture that has just begun is not refused before it is done, at 40 giga-MACs a second.
+    assert batching.default_queue_timeout_us / 1e6 > cost / 40
+    assert batching.max_queue_delay_us <= 5_000
+    assert (batching.max_queue_delay_us == 0) == (batch == 1)
+
+
+@ALL
+def test_gates_cover_the_default_batch_and_stay_affordable(weights: Weights) -> None:
+    cost = giga_macs(weights.architecture, *weights.input_size)
+    batch = default_batch_size(cost)
+    plan = gate_plan(cost, batch)
+    assert max(plan.batch_sizes, default=1) == batch
+    assert plan.scenes >= 2
+    assert plan.pictures >= batch
+    # The exporter's own runs: what the comparisons compute stays in proportion, whatever the model.
+    assert max(gate_plan(cost, 8).batch_sizes) * cost <= max(650, 2 * cost)
+
+
+def test_large_networks_give_their_memory_back() -> None:
+    assert session_options(giga_macs("isnet", 1024, 1024)) == {}
+    assert session_options(giga_macs("birefnet_lite", 1024, 1024)) == {"enable_mem_arena": "0"}
+
+
+def test_a_batch_of_two_is_always_compared_if_there_are_batches() -> None:
+    for cost in (1, 100, 300, 1000, 5000):
+        assert gate_plan(cost, 1).batch_sizes == ()
+        for largest in (2, 3, 4, 8, 16):
+            assert 2 in gate_plan(cost, largest).batch_sizes
