@@ -23,13 +23,13 @@ from matteserve_export._files import digest
 from matteserve_export._session import Runner, make_runner
 from matteserve_export.checkpoints import load_into, read_state_dict
 from matteserve_export.compare import (
-    Comparison,
+    EngineParity,
     compare_batches,
     compare_core,
     compare_serving,
     make_scenes,
-    require,
     run_maps,
+    watched_runner,
 )
 from matteserve_export.models import MODEL_BUILDERS, build_model
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
@@ -109,7 +109,7 @@ class ExportResult:
     onnx_sha256: str
     onnx_bytes: int
     contract: ModelContract
-    parity: tuple[Comparison, ...]
+    parity: tuple[EngineParity, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,19 +220,19 @@ def _gates(
     scenes: NDArray[np.uint8],
     wrap: ServingConfig,
     max_batch_size: int,
-) -> tuple[Comparison, ...]:
+) -> tuple[EngineParity, ...]:
     """Compare every stage with the one before; raise at the first that fails."""
     images = scenes[:_SCENES]
     _LOG.info("comparing with the reference on %d pictures, and batches with single pictures", len(images))
     reference_maps = run_maps(reference, images, wrap)
-    run_serving = make_runner(serving)
+    run_serving = watched_runner(serving)
     parity = [
-        require(compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap)),
-        require(compare_serving(run_serving, reference_maps, images, wrap)),
+        compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap).require(),
+        compare_serving(run_serving, reference_maps, images, wrap).require(),
     ]
     if max_batch_size > 1:
         sizes = range(1, min(max_batch_size, 8) + 1)
-        parity.append(require(compare_batches(run_serving, scenes, sizes)))
+        parity.append(compare_batches(run_serving, scenes, sizes).require())
     return tuple(parity)
 
 
@@ -255,7 +255,7 @@ def _manifest(
     contract: ModelContract,
     serialized: bytes,
     serving: onnx.ModelProto,
-    parity: tuple[Comparison, ...],
+    parity: tuple[EngineParity, ...],
 ) -> dict[str, Any]:
     weights = config.weights
     return {
