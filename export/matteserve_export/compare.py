@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from matteserve_client import AlphaDifference, AlphaTolerance, alpha_difference
 from matteserve_export._errors import ParityError
@@ -30,11 +31,13 @@ __all__ = [
     "EngineParity",
     "EngineRun",
     "Method",
+    "alpha_of",
     "compare_batches",
     "compare_core",
     "compare_serving",
     "gate_engine",
     "gate_graph",
+    "graph_runs",
     "make_scenes",
     "normalise",
     "reference_alpha",
@@ -157,7 +160,7 @@ def gate_engine(
     Raises:
         ParityError: The shapes differ.
     """
-    references = np.concatenate([_alpha_and_map(reference_run, image[None])[0] for image in images])
+    references = np.concatenate([alpha_of(reference_run, image[None]) for image in images])
     answers, rows, maps_not_finite, watched = [], [], [], False
     for size in batch_sizes:
         for start in range(0, len(images), size):
@@ -192,7 +195,7 @@ def gate_graph(
     batch_sizes: Sequence[int] = (1,),
     name: str = "engine vs fp32",
 ) -> tuple[EngineParity, ...]:
-    """Compare a graph of any precision with its FP32 graph, in every way that needs no GPU.
+    """Compare a graph of any precision with its FP32 graph, in every way of `graph_runs`.
 
     Args:
         graph: Serving graph in question.
@@ -201,22 +204,27 @@ def gate_graph(
         tolerance: What the differences must fulfil.
         batch_sizes: As in `gate_engine`.
         name: What is compared with what.
+    """
+    singles = make_runner(reference)
+    return tuple(
+        gate_engine(run, singles, images, tolerance, method, batch_sizes=batch_sizes, name=name)
+        for method, run in graph_runs(graph)
+    )
+
+
+def graph_runs(graph: onnx.ModelProto) -> tuple[tuple[Method, EngineRun], ...]:
+    """Every way to run a serving graph that needs no GPU.
 
     Returns:
         "ort-cpu" where ONNX Runtime has kernels (it has none for bf16), and "emulated" for fp16 and bf16.
     """
-    singles = make_runner(reference)
     stored = {int(tensor.data_type) for tensor in graph.graph.initializer}
-    low = stored & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-    runs: list[tuple[Method, onnx.ModelProto]] = []
-    if onnx.TensorProto.BFLOAT16 not in stored:
-        runs.append(("ort-cpu", graph))
-    if low:
-        runs.append(("emulated", emulate(graph)))
-    return tuple(
-        gate_engine(watched_runner(model), singles, images, tolerance, method, batch_sizes=batch_sizes, name=name)
-        for method, model in runs
-    )
+    runs: list[tuple[Method, EngineRun]] = []
+    if TensorProto.BFLOAT16 not in stored:
+        runs.append(("ort-cpu", watched_runner(graph)))
+    if stored & {TensorProto.FLOAT16, TensorProto.BFLOAT16}:
+        runs.append(("emulated", watched_runner(emulate(graph))))
+    return tuple(runs)
 
 
 def watched_runner(serving: onnx.ModelProto) -> EngineRun:
@@ -339,6 +347,11 @@ def make_scenes(count: int, height: int, width: int, seed: int = 0) -> NDArray[n
         shading = (1.2 - 0.7 * distance)[..., None]
         scenes.append(cover * colours[2] * shading + (1 - cover) * background)
     return np.stack(scenes).clip(0, 255).astype(np.uint8)
+
+
+def alpha_of(run: EngineRun, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The alphas of a run, [B, H, W] uint8, without the map."""
+    return _alpha_and_map(run, images)[0]
 
 
 def _alpha_and_map(run: EngineRun, images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:

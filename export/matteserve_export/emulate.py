@@ -16,11 +16,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from matteserve_export._mixed import FLOAT_TYPES, value_types
+from matteserve_export._mixed import FLOAT_TYPES, largest, value_types
 from matteserve_export._names import WRAP_PREFIX
 from matteserve_export._session import run_outputs
 
-__all__ = ["Peak", "activation_peaks", "emulate"]
+__all__ = ["Peak", "activation_peaks", "emulate", "note"]
 
 _FLOAT = int(TensorProto.FLOAT)
 
@@ -67,6 +67,10 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+_NEAR = 4
+"""Closer to the end of the range than this factor, other pictures may reach it."""
+
+
 @dataclass(frozen=True)
 class Peak:
     """The largest magnitude that one node reached.
@@ -110,3 +114,11 @@ def activation_peaks(model: onnx.ModelProto, images: NDArray[np.uint8]) -> list[
         for name, value in run_outputs(probe, image[None]).items():
             found[name] = Peak(found[name].node, found[name].operator, max(found[name].peak, float(value)))
     return sorted(found.values(), key=lambda peak: -peak.peak)
+
+
+def note(peak: Peak) -> str:
+    """What a peak means for fp16: nothing, or how near its end it is."""
+    end = largest(int(TensorProto.FLOAT16))
+    if not peak.peak <= end:
+        return f": beyond fp16's {end:.0f}, this overflows"
+    return f": {peak.peak / end:.0%} of fp16's range" if peak.peak > end / _NEAR else ""
