@@ -100,7 +100,9 @@ def verify(
         outcomes = [outcome for name in names for outcome in found[name]]
         if contact_sheet is not None and outcomes:
             _write_sheet(contact_sheet, engines, found, images)
-    listed = _peaks(engines, images) if peaks or (address is None and not all(o.passed for o in outcomes)) else []
+    listed = _peaks(engines, images) if peaks else []
+    if not listed and any(outcome.not_finite for outcome in outcomes):
+        listed = [peak for peak in _peaks(engines, images) if peak["note"]]  # what may have overflowed
     if as_json:
         engine_of = [name for name in names for _ in found[name]]
         click.echo(

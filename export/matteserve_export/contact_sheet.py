@@ -50,7 +50,7 @@ def write_contact_sheet(
     heads = ("image", "fp32 alpha", "engine's alpha", f"difference x{GAIN}")
     sheet = Image.new("RGB", (_MARGIN + len(heads) * column, _MARGIN + 2 * _TEXT + len(images) * row), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((_MARGIN, _MARGIN), title, _INK, font)
+    draw.text((_MARGIN, _MARGIN), title.replace("|Δ|", "difference").replace("≤", "<=").replace("≥", ">="), _INK, font)
     for number, head in enumerate(heads):
         draw.text((_MARGIN + number * column, _MARGIN + _TEXT), head, _INK, font)
     for number, (image, reference, answer, caption) in enumerate(

@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
 
 from matteserve_export import PrecisionError
 from matteserve_export._names import WRAP_PREFIX
@@ -22,43 +20,12 @@ from matteserve_export._session import make_runner
 from matteserve_export.compare import gate_graph, graph_runs, make_scenes
 from matteserve_export.emulate import activation_peaks, emulate, note
 from matteserve_export.precision import KEPT, TOLERANCES, check_precision, convert, kept_nodes, tolerance_for
-from matteserve_export.serving import Core, ServingConfig, build_serving
-from matteserve_export.to_onnx import ToOnnxConfig, export_core
+from matteserve_export.serving import ServingConfig
+from support.everything import SIZE, Everything, serve
 
-SIZE = 64
 DEMO = Path(__file__).parents[2] / "model_repository" / "demo_onnx_fp32" / "1" / "model.onnx"
 
 Images = NDArray[np.uint8]
-
-
-class Everything(nn.Module):
-    """One of each operator that needs a thought: normalisation, attention, sampling, resizing, a sigmoid inside."""
-
-    def __init__(self, gain: float = 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.down = nn.Conv2d(3, 8, 4, stride=4)
-        self.norm = nn.LayerNorm(8)
-        self.offset = nn.Conv2d(8, 2, 3, padding=1)
-        self.up, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
-        side = (torch.arange(16) * 2 + 1) / 16 - 1
-        self.register_buffer("grid", torch.stack(torch.meshgrid(side, side, indexing="ij")[::-1], -1)[None])
-        self.gain = gain
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.down(x) * self.gain * self.gain
-        tokens = self.norm(h.flatten(2).transpose(1, 2))
-        tokens = tokens + torch.softmax(tokens @ tokens.transpose(1, 2), -1) @ tokens
-        h = tokens.transpose(1, 2).reshape(-1, 8, 16, 16)
-        grid = self.grid + 0.1 * self.offset(h).permute(0, 2, 3, 1)
-        h = torch.nn.functional.grid_sample(h, grid, align_corners=False)
-        h = torch.nn.functional.interpolate(torch.relu(self.up(h)), scale_factor=4.0, mode="bilinear")
-        return torch.sigmoid(4 * self.head(h))
-
-
-def serve(network: nn.Module, config: ServingConfig) -> onnx.ModelProto:
-    core = export_core(network.eval(), ToOnnxConfig(SIZE, SIZE))
-    return build_serving(Core(core, SIZE, SIZE, batched=True), config)
 
 
 @pytest.fixture(scope="session")
