@@ -44,6 +44,12 @@ _ENTRIES = {
     "export": _Entry(
         "matteserve_export.cli:export", "Turn weights into a served model.", "export", ("onnx", "onnxruntime", "torch")
     ),
+    "verify": _Entry(
+        "matteserve_export.cli_verify:verify",
+        "Compare a model's engines with its FP32 one.",
+        "export",
+        ("onnx", "onnxruntime", "onnxslim"),
+    ),
     "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server."),
 }
 

@@ -50,7 +50,9 @@ class AlphaDifference:
         max_abs: Largest absolute difference, in [0, 1].
         p999_abs: 99.9th percentile of the absolute difference over all pixels, in [0, 1].
         mean_abs: Mean absolute difference, in [0, 1].
-        iou: Intersection over union of the masks at 0.5 of the worst picture; 1 where both are empty.
+        iou: Intersection over union of the masks at 0.5 of the worst picture; 1 where both are empty. Levels 127 and
+            128 lie on two sides of the threshold and are one rounding apart, so a pixel whose two alphas differ by no
+            more than one level belongs to both masks or to neither.
         flat: Pictures for which ours is one flat level and theirs is not. Not-a-number becomes 0 on a uint8 wire, so
             this is how a network that overflowed looks from outside.
         worst: Index of the picture with the largest mean difference.
@@ -104,8 +106,9 @@ def alpha_difference(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> Alph
         histogram += np.bincount(difference.ravel(), minlength=256)
         means.append(float(difference.mean()))
         mask, reference = mine > 127, other > 127
-        union = np.count_nonzero(mask | reference)
-        ious.append(np.count_nonzero(mask & reference) / union if union else 1.0)
+        union = mask | reference
+        disagree = np.count_nonzero((mask ^ reference) & (difference > 1))
+        ious.append(1.0 - disagree / np.count_nonzero(union) if union.any() else 1.0)
         flat += int(np.ptp(mine) <= _FLAT_LEVELS < np.ptp(other))
     cumulated = np.cumsum(histogram)
     return AlphaDifference(

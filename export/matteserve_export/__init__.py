@@ -14,6 +14,7 @@ from matteserve_export._errors import (
     ExportError,
     OnnxError,
     ParityError,
+    PrecisionError,
     RepositoryError,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "ExportError",
     "OnnxError",
     "ParityError",
+    "PrecisionError",
     "RepositoryError",
 ]

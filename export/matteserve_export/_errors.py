@@ -7,6 +7,7 @@
         ├── CheckpointError (ValueError)   the weights cannot be read, or do not fit the architecture
         ├── OnnxError (ValueError)         the ONNX cannot be read, made or wrapped
         ├── ParityError                    a stage's result differs from the stage before it; nothing was published
+        ├── PrecisionError (ValueError)    the ONNX cannot be brought to that precision
         ├── DownloadError                  the weights could not be fetched, or are not what they should be
         └── RepositoryError                the model repository cannot be written
 
@@ -32,6 +33,10 @@ class OnnxError(ExportError, ValueError):
 
 class ParityError(ExportError):
     """A stage's output differs from its reference by more than the tolerance; nothing was published."""
+
+
+class PrecisionError(ExportError, ValueError):
+    """A serving ONNX cannot be brought to the precision that was asked for."""
 
 
 class DownloadError(ExportError):

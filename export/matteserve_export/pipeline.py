@@ -31,13 +31,14 @@ from matteserve_export._files import digest
 from matteserve_export._session import Runner, make_runner
 from matteserve_export.checkpoints import load_into, read_state_dict
 from matteserve_export.compare import (
-    Comparison,
+    EngineParity,
+    EngineRun,
     compare_batches,
     compare_core,
     compare_serving,
     make_scenes,
-    require,
     run_maps,
+    watched_runner,
 )
 from matteserve_export.model_card import model_card
 from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY, build_model
@@ -156,7 +157,7 @@ class ExportResult:
     nodes: Mapping[str, int]
     giga_macs: float
     contract: ModelContract
-    parity: tuple[Comparison, ...]
+    parity: tuple[EngineParity, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,18 +208,18 @@ def export_model(config: ExportConfig) -> ExportResult:
     plan, scenes, reference_maps = graph.plan, graph.scenes, graph.reference_maps
     images = scenes[: plan.scenes]
     _LOG.info("comparing with the reference on %d pictures", plan.scenes)
-    parity = [require(compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap))]
+    parity = [compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap).require()]
     serving = build_serving(core, wrap)
     del graph, core
     nodes = dict(count_nodes(serving).most_common())
     opset = next(entry.version for entry in serving.opset_import if entry.domain in ("", "ai.onnx"))
     serialized = serving.SerializeToString(deterministic=True)
+    run_serving = _remembering(watched_runner(serving))
     del serving
-    run_serving = _remembering(make_runner(serialized))
-    parity.append(require(compare_serving(run_serving, reference_maps, images, wrap)))
+    parity.append(compare_serving(run_serving, reference_maps, images, wrap).require())
     if plan.batch_sizes:
         _LOG.info("comparing batches of %s with single pictures", ", ".join(map(str, plan.batch_sizes)))
-        parity.append(require(compare_batches(run_serving, scenes, plan.batch_sizes)))
+        parity.append(compare_batches(run_serving, scenes, plan.batch_sizes).require())
     del run_serving
 
     cost = giga_macs(weights.architecture, contract.height, contract.width)
@@ -374,11 +375,11 @@ def _check_room(repository: Path, graph_bytes: int) -> None:
         )
 
 
-def _remembering(run: Runner) -> Runner:
+def _remembering(run: EngineRun) -> EngineRun:
     """The same, but a single picture is run once, however many comparisons ask for it."""
-    known: dict[bytes, NDArray[Any]] = {}
+    known: dict[bytes, Any] = {}
 
-    def remembered(pictures: NDArray[Any]) -> NDArray[Any]:
+    def remembered(pictures: NDArray[np.uint8]) -> Any:
         if len(pictures) != 1:
             return run(pictures)
         key = sha256(pictures.tobytes()).digest()
@@ -423,7 +424,7 @@ def _manifest(
     contract: ModelContract,
     onnx_facts: Mapping[str, Any],
     cost: float,
-    parity: list[Comparison],
+    parity: list[EngineParity],
 ) -> dict[str, Any]:
     weights = config.weights
     order = _patch_order(config)

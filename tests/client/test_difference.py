@@ -51,6 +51,12 @@ def test_the_worst_picture_decides_the_iou():
     assert difference.images == 2
 
 
+def test_one_level_decides_no_mask():
+    """127 and 128 lie on two sides of the threshold, and are one rounding apart."""
+    assert alpha_difference(half(127), half(128)).iou == 1
+    assert alpha_difference(half(127), half(129)).iou == 0
+
+
 def test_empty_masks_agree():
     empty = np.zeros((1, 4, 4), np.uint8)
     assert alpha_difference(empty, empty).iou == 1
