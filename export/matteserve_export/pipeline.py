@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-import onnxslim
 import torch
 from numpy.typing import NDArray
 
-from matteserve_client import ModelContract, __version__
+from matteserve_client import ModelContract
 from matteserve_export._errors import ExportError
 from matteserve_export._files import digest
 from matteserve_export._session import Runner, make_runner
@@ -31,6 +28,7 @@ from matteserve_export.compare import (
     require,
     run_maps,
 )
+from matteserve_export.manifest import FP32_TOLERANCE, export_manifest
 from matteserve_export.models import MODEL_BUILDERS, build_model
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
@@ -40,7 +38,6 @@ from matteserve_export.weights import SourceKind, Weights
 __all__ = ["ExportConfig", "ExportResult", "export_model"]
 
 _LOG = logging.getLogger(__name__)
-_MANIFEST_SCHEMA = 1
 _SCENES = 4
 
 
@@ -160,8 +157,18 @@ def export_model(config: ExportConfig) -> ExportResult:
     engine = Engine(
         model=config.model,
         contract=contract,
-        onnx=serialized,
-        manifest=_manifest(config, contract, serialized, serving, parity),
+        file=serialized,
+        manifest=export_manifest(
+            model=config.model,
+            contract=contract,
+            weights=weights,
+            kind=config.kind,
+            weights_file=config.path.name,
+            serving=serving,
+            serialized=serialized,
+            parity=[comparison.to_dict() for comparison in parity],
+            tolerance=FP32_TOLERANCE,
+        ),
         batching=config.batching,
         instances=config.instances,
     )
@@ -248,53 +255,3 @@ def _licence(config: ExportConfig) -> str:
             _LOG.warning("%s is not the released %s: its licence is recorded as unknown", config.path, weights.name)
             return "unknown"
     return weights.weights_licence
-
-
-def _manifest(
-    config: ExportConfig,
-    contract: ModelContract,
-    serialized: bytes,
-    serving: onnx.ModelProto,
-    parity: tuple[Comparison, ...],
-) -> dict[str, Any]:
-    weights = config.weights
-    return {
-        "schema_version": _MANIFEST_SCHEMA,
-        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": config.model,
-        "engine": contract.engine,
-        "precision": contract.precision,
-        "onnx": {
-            "sha256": sha256(serialized).hexdigest(),
-            "bytes": len(serialized),
-            "opset": next(entry.version for entry in serving.opset_import if entry.domain in ("", "ai.onnx")),
-            "nodes": len(serving.graph.node),
-        },
-        "weights": {
-            "name": weights.name,
-            "architecture": weights.architecture,
-            "source": config.kind,
-            "file": config.path.name,
-            "sha256": contract.weights_sha256,
-            "licence": contract.weights_licence,
-            "code_licence": weights.code_licence,
-            "paper": weights.paper,
-        },
-        "input": {
-            "height": contract.height,
-            "width": contract.width,
-            "max_batch_size": contract.max_batch_size,
-            "mean": list(weights.mean),
-            "std": list(weights.std),
-            "sigmoid": weights.sigmoid,
-            "min_max": weights.min_max,
-        },
-        "parity": [comparison.to_dict() for comparison in parity],
-        "producer": {
-            "matteserve": __version__,
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "onnxslim": onnxslim.__version__,
-        },
-    }

@@ -1,0 +1,560 @@
+"""Stage serving ONNX → plan: TensorRT's compiler and that of TensorRT for RTX, through one module.
+
+The two packages have the same Python API but for a few switches, so the difference is the module that is imported and
+what stands in `_Kind`:
+
+- ``trt``, package `tensorrt` (10.12 or newer, 11): compiles on the GPU that will run the plan. Plans are bound to that
+  TensorRT and that GPU, unless version or hardware compatibility is asked for. Triton's own backend loads them.
+- ``rtx``, package `tensorrt_rtx`: compiles ahead of time, without a GPU, for a list of compute capabilities. Its plans
+  are not TensorRT plans; Triton needs a Python-based backend for them.
+
+Networks are strongly typed: precision is what the ONNX says (see `precision.py`), the compiler only follows. Without a
+GPU a plan cannot be opened, so the parsed network is judged before anything is compiled: tensor names, uint8 at both
+ends, dynamic batch, the mode of every GridSample, and whether the network is in the precision that it claims.
+
+Polygraphy (0.53.6) was tried for this. It does build RTX plans, but which of the two packages it uses is one switch for
+the process, read when it is imported; it knows the name `tensorrt_rtx` only, which the wheels do not install; and its
+errors are text from its logger, without the nodes that the parser objected to. What would be left of this module with
+it (the checks, the errors) is most of the module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from matteserve_client import INPUT_NAME, OUTPUT_NAME
+from matteserve_export._errors import EngineBuildError
+from matteserve_export._gpu import Gpu, find_gpu
+
+__all__ = [
+    "EngineConfig",
+    "HardwareCompatibility",
+    "NetworkSummary",
+    "Plan",
+    "PlanEngine",
+    "Progress",
+    "build_plan",
+    "load_module",
+    "parse_network",
+    "supported_compute_capabilities",
+]
+
+_LOG = logging.getLogger(__name__)
+
+PlanEngine = Literal["trt", "rtx"]
+HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a phase, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a package differs from the other."""
+
+    modules: tuple[str, ...]  # the first that can be imported
+    title: str
+    install: str
+    oldest: tuple[int, int]
+    needs_gpu: bool
+    targets: bool  # takes compute capabilities, in place of the GPU at hand and its compatibility levels
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "trt": _Kind(
+        modules=("tensorrt",),
+        title="TensorRT",
+        install="pip install 'matteserve[gpu]' (its libraries come from NVIDIA's own package index, which the package "
+        "tensorrt asks by itself), or build inside NVIDIA's Triton container of the version that will serve the plan",
+        oldest=(10, 12),
+        needs_gpu=True,
+        targets=False,
+    ),
+    "rtx": _Kind(
+        # The wheel with the bindings installs the second name only; the first comes with NVIDIA's meta package.
+        modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        title="TensorRT for RTX",
+        install="pip install 'matteserve[rtx]'",
+        oldest=(1, 4),
+        needs_gpu=False,
+        targets=True,
+    ),
+}
+
+# Layers that multiply; their precision is the engine's. The others follow, or are kept in float32 on purpose.
+_PRODUCTS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"})
+_FLOATING = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "FP8": "fp8"}
+_PORTABLE_FROM = (8, 0)  # Turing costs the others speed, so NVIDIA leaves it out of portable engines, too
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One plan.
+
+    Attributes:
+        engine: "trt" or "rtx".
+        precision: What the network must be in: "fp32", "fp16", "bf16" or "int8".
+        opt_batch_size: The batch that kernels are chosen for; what the dynamic batcher aims at.
+        max_batch_size: Largest batch.
+        compute_capabilities: GPUs that the plan is for, as "8.9". RTX only; none means every one from 8.0 on that the
+            compiler knows, in one plan.
+        tf32: Let float32 products round their inputs to 10 bits. Off, so that fp32 means fp32.
+        timing_cache: File with timings of earlier builds on this GPU; made, or added to. TensorRT only.
+        version_compatible: Let newer TensorRT load the plan. It may be slower, and Triton must be told
+            (`--backend-config=tensorrt,version-compatible=true`), because the plan then carries code. TensorRT only.
+        hardware_compatibility: Let other GPUs load the plan, at the price of speed. TensorRT only.
+        optimization_level: 0 (fast build) to 5 (fast plan); None leaves the compiler's own.
+    """
+
+    engine: PlanEngine
+    precision: str = "fp32"
+    opt_batch_size: int = 4
+    max_batch_size: int = 8
+    compute_capabilities: tuple[str, ...] = ()
+    tf32: bool = False
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatibility: HardwareCompatibility = "none"
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in _KINDS:
+            raise EngineBuildError(f"there is no plan of engine kind {self.engine!r}; allowed are {', '.join(_KINDS)}")
+        if not 1 <= self.opt_batch_size <= self.max_batch_size:
+            raise EngineBuildError(
+                f"profile: batch sizes are min 1, opt {self.opt_batch_size}, max {self.max_batch_size}; they must "
+                "ascend"
+            )
+        for capability in self.compute_capabilities:
+            if not re.fullmatch(r"\d{1,2}\.\d", capability):
+                raise EngineBuildError(f"compute capability {capability!r} is not one; write it as 8.9")
+        if self.hardware_compatibility not in get_args(HardwareCompatibility):
+            raise EngineBuildError(
+                f"hardware compatibility {self.hardware_compatibility!r} does not exist; allowed are "
+                f"{', '.join(get_args(HardwareCompatibility))}"
+            )
+        if _KINDS[self.engine].targets:
+            for name in ("timing_cache", "version_compatible"):
+                if getattr(self, name):
+                    raise EngineBuildError(f"{name}: TensorRT for RTX has no such thing; it is for engine kind trt")
+            if self.hardware_compatibility != "none":
+                raise EngineBuildError(
+                    "hardware_compatibility is for engine kind trt; an rtx plan names its GPUs by compute capability"
+                )
+        elif self.compute_capabilities:
+            raise EngineBuildError(
+                "compute capabilities are for engine kind rtx; TensorRT compiles for the GPU at hand, see "
+                "hardware_compatibility"
+            )
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """What the parser made of an ONNX.
+
+    Attributes:
+        layers: Number of layers.
+        products: Convolutions and matrix products by the precision that they are computed in.
+        grid_samples: Number of GridSample layers, each bilinear.
+        softmaxes: Number of softmax layers, that is of attentions.
+        quantizers: Number of Quantize and Dequantize layers.
+    """
+
+    layers: int
+    products: Mapping[str, int]
+    grid_samples: int = 0
+    softmaxes: int = 0
+    quantizers: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk.
+
+    Attributes:
+        path: File.
+        size: Bytes.
+        builder: What the manifest says about how it was compiled.
+        network: What the parser made of the ONNX.
+        hazards: Known wrong results of this compiler that this network could meet.
+    """
+
+    path: Path
+    size: int
+    builder: Mapping[str, Any]
+    network: NetworkSummary
+    hazards: tuple[str, ...] = field(default=())
+
+
+def build_plan(onnx_path: Path, plan_path: Path, config: EngineConfig, progress: Progress | None = None) -> Plan:
+    """Compile a serving ONNX.
+
+    Args:
+        onnx_path: Serving ONNX, in the precision that is wanted, without `DeformConv` for RTX (see `lowering.py`).
+        plan_path: File to write.
+        config: What to build.
+        progress: Called from within the compiler, several times a second.
+
+    Raises:
+        EngineBuildError: No such package, no GPU where one is needed, an ONNX that the parser does not take, of another
+            wire format or in another precision, or the compiler failed.
+    """
+    module = load_module(config.engine)
+    kind = _KINDS[config.engine]
+    gpu = find_gpu()
+    if kind.needs_gpu and gpu is None:
+        raise EngineBuildError(
+            f"{kind.title} compiles on the GPU that will run the plan, and this machine has none (the NVIDIA driver's "
+            "libcuda.so.1 finds no GPU): build on that machine, or build an rtx engine, which needs no GPU"
+        )
+    logger = _logger(module)
+    builder, network, _parser = _parse(module, logger, onnx_path)
+    summary = _check_network(module, network, config.precision)
+    builder_config = _configure(module, builder, network, config)
+    monitor = _monitor(module, progress)
+    builder_config.progress_monitor = monitor
+    cache = _load_timing_cache(module, builder_config, config)
+    capabilities = config.compute_capabilities or supported_compute_capabilities(module)
+    described = _describe(module, builder_config, config, capabilities if kind.targets else (), gpu)
+    hazards = _hazards(config, described["version"], summary)
+    _LOG.info("building %s: %s", plan_path.name, ", ".join(f"{key} {value}" for key, value in described.items()))
+    _LOG.info(
+        "network: %s, optimization level %s",
+        asdict(summary),
+        getattr(builder_config, "builder_optimization_level", "?"),
+    )
+    for hazard in hazards:
+        _LOG.warning("known wrong result: %s", hazard)
+    started = time.monotonic()
+    serialized = builder.build_serialized_network(network, builder_config)
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    if serialized is None:
+        raise EngineBuildError(f"{kind.title} could not compile {onnx_path.name}: {logger.text()}")
+    seconds = time.monotonic() - started
+    with plan_path.open("wb") as stream:
+        stream.write(memoryview(serialized))
+    size = serialized.nbytes
+    if cache is not None and config.timing_cache is not None:
+        _save_timing_cache(cache, config.timing_cache)
+    _LOG.info("built %s: %.1f MiB in %.1f s", plan_path.name, size / 2**20, seconds)
+    return Plan(plan_path, size, {**described, "seconds": round(seconds, 1)}, summary, hazards)
+
+
+def parse_network(onnx_path: Path, engine: PlanEngine, precision: str) -> NetworkSummary:
+    """Parse a serving ONNX with NVIDIA's parser and check the network; nothing is compiled.
+
+    Raises:
+        EngineBuildError: As `build_plan`.
+    """
+    module = load_module(engine)
+    _builder, network, _parser = _parse(module, _logger(module), onnx_path)
+    return _check_network(module, network, precision)
+
+
+def load_module(engine: PlanEngine) -> ModuleType:
+    """Import the package that compiles plans of this kind.
+
+    Raises:
+        EngineBuildError: It is not installed, cannot be loaded, or is too old.
+    """
+    kind = _KINDS[engine]
+    reasons = []
+    for name in kind.modules:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError) as exc:  # OSError: a library of it is missing
+            reasons.append(str(exc))
+            continue
+        version = _version(module.__version__)
+        if version < kind.oldest:
+            raise EngineBuildError(
+                f"{kind.title} {module.__version__} is too old, at least {'.'.join(map(str, kind.oldest))} is needed "
+                f"for strongly typed networks: {kind.install}"
+            )
+        return module
+    raise EngineBuildError(
+        f"engine kind {engine} needs {kind.title}, which cannot be imported ({'; '.join(reasons)}): {kind.install}"
+    )
+
+
+def supported_compute_capabilities(module: ModuleType) -> tuple[str, ...]:
+    """Compute capabilities of a portable RTX plan; empty for TensorRT, which compiles for the GPU at hand."""
+    known = _known_capabilities(module)
+    return tuple(name for name in known if tuple(map(int, name.split("."))) >= _PORTABLE_FROM)
+
+
+def _known_capabilities(module: ModuleType) -> dict[str, Any]:
+    members = getattr(getattr(module, "ComputeCapability", None), "__members__", {})
+    found = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}
+    return dict(sorted(found.items(), key=lambda item: tuple(map(int, item[0].split(".")))))
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:4])
+
+
+def _logger(module: ModuleType) -> Any:
+    """The compiler's log: warnings to ours, errors kept for the exception that follows them."""
+    severity = module.ILogger.Severity
+
+    class Logger(module.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, level: Any, message: str) -> None:
+            if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif level == severity.WARNING:
+                _LOG.warning("%s", message)
+            elif level == severity.INFO:
+                _LOG.debug("%s", message)
+
+        def text(self) -> str:
+            return "; ".join(self.errors[-3:]) or "it gave no reason"
+
+    return Logger()
+
+
+def _monitor(module: ModuleType, progress: Progress | None) -> Any:
+    """The compiler's progress, of its two outer levels, passed on; and the way to stop it."""
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.phases: dict[str, tuple[int, int]] = {}  # name -> depth, steps
+            self.interrupted = False
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            depth = self.phases[parent][0] + 1 if parent in self.phases else 0
+            self.phases[name] = depth, steps
+            self._report(name, 0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            # An exception must not cross the compiler's C++; this is where Ctrl-C arrives.
+            try:
+                self._report(name, step + 1)
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, name: str) -> None:
+            depth, steps = self.phases.pop(name, (0, 0))
+            if depth <= 1 and progress is not None:
+                progress(name, steps, steps)
+
+        def _report(self, name: str, done: int) -> None:
+            depth, steps = self.phases.get(name, (0, 0))
+            if depth <= 1 and progress is not None:
+                progress(name, done, steps)
+
+    return Monitor()
+
+
+def _parse(module: ModuleType, logger: Any, onnx_path: Path) -> tuple[Any, Any, Any]:
+    """Builder, network and parser; the parser owns the network's weights and must live as long."""
+    try:
+        builder = module.Builder(logger)
+    except (RuntimeError, TypeError) as exc:  # no CUDA, or no driver for it
+        raise EngineBuildError(f"{module.__name__} {module.__version__} cannot start: {logger.text()} ({exc})") from exc
+    # 11 and RTX know no other networks, 10 must be told.
+    strongly_typed = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(strongly_typed)
+    parser = module.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(onnx_path))
+    if not parsed:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        nodes = [
+            f"{error.node_name() or 'a node'} ({error.node_operator() or '?'}): {error.desc()}" for error in errors
+        ]
+        hint = " (see lowering.py)" if any(error.node_operator() == "DeformConv" for error in errors) else ""
+        raise EngineBuildError(
+            f"{module.__name__} {module.__version__} cannot take {onnx_path.name}: "
+            f"{'; '.join(nodes) or logger.text()}{hint}"
+        )
+    if not network.num_layers:  # the parser takes many byte strings for an ONNX without nodes
+        raise EngineBuildError(f"{onnx_path.name} holds no network; is it an ONNX?")
+    return builder, network, parser
+
+
+def _check_network(module: ModuleType, network: Any, precision: str) -> NetworkSummary:
+    """Raise unless the network has the wire format, batches, and the precision that it claims."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    found = [f"{t.name} {t.dtype.name} {list(t.shape)}" for t in (*inputs, *outputs)]
+    shape = tuple(inputs[0].shape) if inputs else ()
+    uint8 = module.DataType.UINT8
+    wire = len(shape) == 4 and [(t.name, t.dtype, tuple(t.shape)) for t in (*inputs, *outputs)] == [
+        (INPUT_NAME, uint8, (-1, *shape[1:3], 3)),
+        (OUTPUT_NAME, uint8, (-1, *shape[1:3])),
+    ]
+    if not wire or -1 in shape[1:]:
+        raise EngineBuildError(
+            f"the network has another wire format: expected {INPUT_NAME} UINT8 [-1, H, W, 3] and {OUTPUT_NAME} UINT8 "
+            f"[-1, H, W], found {', '.join(found)}; build from a serving ONNX of `matteserve export`"
+        )
+    counts: Counter[str] = Counter()
+    products: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kind = layer.type.name
+        counts[kind] += 1
+        if kind in _PRODUCTS:
+            dtype = layer.get_input(0).dtype.name
+            products[_FLOATING.get(dtype, dtype.lower())] += 1
+        elif kind == "GRID_SAMPLE":
+            _check_grid_sample(module, layer)
+    summary = NetworkSummary(
+        layers=network.num_layers,
+        products=dict(products),
+        grid_samples=counts["GRID_SAMPLE"],
+        softmaxes=counts["SOFTMAX"] + counts["ATTENTION_INPUT"],
+        quantizers=counts["QUANTIZE"] + counts["DEQUANTIZE"],
+    )
+    _check_precision(summary, precision)
+    return summary
+
+
+def _check_grid_sample(module: ModuleType, layer: Any) -> None:
+    """Raise unless the layer samples as `DeformConv` does; a parser that reads another mode says nothing about it."""
+    layer.__class__ = module.IGridSampleLayer  # the API hands out the base class
+    grid, picture = layer.get_input(1).dtype.name, layer.get_input(0).dtype.name
+    mode, outside = layer.interpolation_mode.name, layer.sample_mode.name
+    if (mode, outside, layer.align_corners) != ("LINEAR", "FILL", False) or grid != picture:
+        raise EngineBuildError(
+            f"the parser read GridSample {layer.name!r} as {mode}, {outside}, align_corners {layer.align_corners}, "
+            f"{picture} at {grid} coordinates; expected LINEAR, FILL, False and one dtype. Some parsers read operator "
+            "set 20 and above as NEAREST (NVIDIA/TensorRT issue 4646): export with operator set 16 to 19"
+        )
+
+
+def _check_precision(summary: NetworkSummary, precision: str) -> None:
+    """Raise unless most products are in the precision that is claimed, and for fp32 all of them."""
+    total = sum(summary.products.values())
+    if precision == "int8":
+        right = summary.quantizers > 0
+    elif precision == "fp32":
+        right = summary.products.get("fp32", 0) == total and not summary.quantizers
+    else:
+        right = summary.products.get(precision, 0) * 2 > total
+    if not right:
+        counted = ", ".join(f"{count} {name}" for name, count in sorted(summary.products.items())) or "none"
+        raise EngineBuildError(
+            f"the network is not {precision}: of its {total} convolutions and matrix products are {counted}, and it "
+            f"has {summary.quantizers} quantizers. Precision is what the ONNX declares; convert the ONNX first"
+        )
+
+
+def _configure(module: ModuleType, builder: Any, network: Any, config: EngineConfig) -> Any:
+    """The compiler's configuration."""
+    kind = _KINDS[config.engine]
+    builder_config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    picture = tuple(network.get_input(0).shape)[1:]
+    profile.set_shape(INPUT_NAME, *((batch, *picture) for batch in (1, config.opt_batch_size, config.max_batch_size)))
+    if builder_config.add_optimization_profile(profile) < 0:
+        raise EngineBuildError(f"{kind.title} refused the profile for {INPUT_NAME} {list(picture)}")
+    flag = module.BuilderFlag
+    (builder_config.set_flag if config.tf32 else builder_config.clear_flag)(flag.TF32)
+    if config.version_compatible:
+        builder_config.set_flag(flag.VERSION_COMPATIBLE)
+    if config.optimization_level is not None:
+        builder_config.builder_optimization_level = config.optimization_level
+    if config.hardware_compatibility != "none":
+        level = getattr(module.HardwareCompatibilityLevel, config.hardware_compatibility.upper(), None)
+        if level is None:
+            raise EngineBuildError(
+                f"{kind.title} {module.__version__} does not know hardware compatibility "
+                f"{config.hardware_compatibility!r}; a newer one may"
+            )
+        builder_config.hardware_compatibility_level = level
+    if kind.targets:
+        known = _known_capabilities(module)
+        wanted = config.compute_capabilities or supported_compute_capabilities(module)
+        unknown = [capability for capability in wanted if capability not in known]
+        if unknown:
+            raise EngineBuildError(
+                f"compute capability {', '.join(unknown)} is not one that {kind.title} {module.__version__} compiles "
+                f"for; allowed are {', '.join(known)}"
+            )
+        builder_config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
+            builder_config.set_compute_capability(known[capability], index)
+    return builder_config
+
+
+def _describe(
+    module: ModuleType, builder_config: Any, config: EngineConfig, capabilities: tuple[str, ...], gpu: Gpu | None
+) -> dict[str, Any]:
+    """The manifest's `builder`."""
+    targets = _KINDS[config.engine].targets
+    flags = [name for name, flag in module.BuilderFlag.__members__.items() if builder_config.get_flag(flag)]
+    return {
+        "name": "tensorrt_rtx" if targets else "tensorrt",
+        "version": module.__version__,
+        "compute_capabilities": list(capabilities) if targets else [gpu.compute_capability] if gpu else [],
+        "gpu": gpu.name if gpu is not None and not targets else None,
+        "profile": {"min": 1, "opt": config.opt_batch_size, "max": config.max_batch_size},
+        "flags": ["STRONGLY_TYPED", *sorted(flags)],
+        "version_compatible": config.version_compatible,
+        "hardware_compatibility": config.hardware_compatibility,
+    }
+
+
+def _hazards(config: EngineConfig, version: str, network: NetworkSummary) -> tuple[str, ...]:
+    """Open issues about silently wrong plans that this compiler and network have the ingredients of.
+
+    None of them can be seen in the network. What protects is the comparison on the GPU, at batch 1 and above, which
+    `matteserve verify` and `matteserve swap` make; this only says where to look if it fails.
+    """
+    # TensorRT for RTX shares the compiler but not the version numbers: what is known of TensorRT is said for it.
+    since = _version(version) if config.engine == "trt" else (99,)
+    found = []
+    if network.grid_samples and since >= (10, 14):
+        found.append(
+            "float32 GridSample differs from 10.14 on (NVIDIA/TensorRT issue 4813, pytorch/TensorRT issue 4074)"
+        )
+    if network.softmaxes and config.max_batch_size > 1 and since >= (10, 11):
+        found.append("attention at batch sizes above 1 differs in 10.11 to 11.1 (NVIDIA/TensorRT issue 4853)")
+    return tuple(found)
+
+
+def _load_timing_cache(module: ModuleType, builder_config: Any, config: EngineConfig) -> Any:
+    """The timing cache, attached to the configuration; None if there is to be none."""
+    path = config.timing_cache
+    if path is None:
+        return None
+    data = path.read_bytes() if path.is_file() else b""
+    cache = builder_config.create_timing_cache(data)
+    if cache is None or not builder_config.set_timing_cache(cache, ignore_mismatch=False):
+        _LOG.warning("%s: not a timing cache of this GPU and %s %s; a new one is made", path, *_name(module))
+        cache = builder_config.create_timing_cache(b"")
+        builder_config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _save_timing_cache(cache: Any, path: Path) -> None:
+    """Replace the file as a whole, so that a build that is killed leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(memoryview(cache.serialize()))
+        temporary.replace(path)
+    except OSError as exc:
+        # The plan is good without it.
+        _LOG.warning("%s: the timing cache could not be written: %s", path, exc.strerror or exc)
+        temporary.unlink(missing_ok=True)
+
+
+def _name(module: ModuleType) -> tuple[str, str]:
+    return module.__name__, module.__version__
