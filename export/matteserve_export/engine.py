@@ -37,6 +37,7 @@ from matteserve_export._errors import EngineBuildError
 from matteserve_export._gpu import Gpu, find_gpu
 
 __all__ = [
+    "CompilerOptions",
     "EngineConfig",
     "HardwareCompatibility",
     "NetworkSummary",
@@ -44,9 +45,9 @@ __all__ = [
     "PlanEngine",
     "Progress",
     "build_plan",
+    "check_machine",
     "load_module",
     "parse_network",
-    "supported_compute_capabilities",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -97,14 +98,10 @@ _PORTABLE_FROM = (8, 0)  # Turing costs the others speed, so NVIDIA leaves it ou
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """One plan.
+class CompilerOptions:
+    """How to compile; the defaults fit most.
 
     Attributes:
-        engine: "trt" or "rtx".
-        precision: What the network must be in: "fp32", "fp16", "bf16" or "int8".
-        opt_batch_size: The batch that kernels are chosen for; what the dynamic batcher aims at.
-        max_batch_size: Largest batch.
         compute_capabilities: GPUs that the plan is for, as "8.9". RTX only; none means every one from 8.0 on that the
             compiler knows, in one plan.
         tf32: Let float32 products round their inputs to 10 bits. Off, so that fp32 means fp32.
@@ -115,10 +112,6 @@ class EngineConfig:
         optimization_level: 0 (fast build) to 5 (fast plan); None leaves the compiler's own.
     """
 
-    engine: PlanEngine
-    precision: str = "fp32"
-    opt_batch_size: int = 4
-    max_batch_size: int = 8
     compute_capabilities: tuple[str, ...] = ()
     tf32: bool = False
     timing_cache: Path | None = None
@@ -127,13 +120,6 @@ class EngineConfig:
     optimization_level: int | None = None
 
     def __post_init__(self) -> None:
-        if self.engine not in _KINDS:
-            raise EngineBuildError(f"there is no plan of engine kind {self.engine!r}; allowed are {', '.join(_KINDS)}")
-        if not 1 <= self.opt_batch_size <= self.max_batch_size:
-            raise EngineBuildError(
-                f"profile: batch sizes are min 1, opt {self.opt_batch_size}, max {self.max_batch_size}; they must "
-                "ascend"
-            )
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d{1,2}\.\d", capability):
                 raise EngineBuildError(f"compute capability {capability!r} is not one; write it as 8.9")
@@ -142,15 +128,45 @@ class EngineConfig:
                 f"hardware compatibility {self.hardware_compatibility!r} does not exist; allowed are "
                 f"{', '.join(get_args(HardwareCompatibility))}"
             )
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise EngineBuildError(f"optimization level is {self.optimization_level}; allowed are 0 to 5")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One plan.
+
+    Attributes:
+        engine: "trt" or "rtx".
+        precision: What the network must be in: "fp32", "fp16", "bf16" or "int8".
+        opt_batch_size: The batch that kernels are chosen for; what the dynamic batcher aims at.
+        max_batch_size: Largest batch.
+        options: How to compile.
+    """
+
+    engine: PlanEngine
+    precision: str = "fp32"
+    opt_batch_size: int = 4
+    max_batch_size: int = 8
+    options: CompilerOptions = field(default_factory=CompilerOptions)
+
+    def __post_init__(self) -> None:
+        if self.engine not in _KINDS:
+            raise EngineBuildError(f"there is no plan of engine kind {self.engine!r}; allowed are {', '.join(_KINDS)}")
+        if not 1 <= self.opt_batch_size <= self.max_batch_size:
+            raise EngineBuildError(
+                f"profile: batch sizes are min 1, opt {self.opt_batch_size}, max {self.max_batch_size}; they must ascend"
+            )
+        options = self.options
         if _KINDS[self.engine].targets:
             for name in ("timing_cache", "version_compatible"):
-                if getattr(self, name):
+                if getattr(options, name):
                     raise EngineBuildError(f"{name}: TensorRT for RTX has no such thing; it is for engine kind trt")
-            if self.hardware_compatibility != "none":
+            if options.hardware_compatibility != "none":
                 raise EngineBuildError(
                     "hardware_compatibility is for engine kind trt; an rtx plan names its GPUs by compute capability"
                 )
-        elif self.compute_capabilities:
+        elif options.compute_capabilities:
             raise EngineBuildError(
                 "compute capabilities are for engine kind rtx; TensorRT compiles for the GPU at hand, see "
                 "hardware_compatibility"
@@ -208,23 +224,16 @@ def build_plan(onnx_path: Path, plan_path: Path, config: EngineConfig, progress:
         EngineBuildError: No such package, no GPU where one is needed, an ONNX that the parser does not take, of another
             wire format or in another precision, or the compiler failed.
     """
-    module = load_module(config.engine)
     kind = _KINDS[config.engine]
-    gpu = find_gpu()
-    if kind.needs_gpu and gpu is None:
-        raise EngineBuildError(
-            f"{kind.title} compiles on the GPU that will run the plan, and this machine has none (the NVIDIA driver's "
-            "libcuda.so.1 finds no GPU): build on that machine, or build an rtx engine, which needs no GPU"
-        )
+    module, gpu, capabilities = check_machine(config)
     logger = _logger(module)
     builder, network, _parser = _parse(module, logger, onnx_path)
     summary = _check_network(module, network, config.precision)
-    builder_config = _configure(module, builder, network, config)
+    builder_config = _configure(module, builder, network, config, capabilities)
     monitor = _monitor(module, progress)
     builder_config.progress_monitor = monitor
     cache = _load_timing_cache(module, builder_config, config)
-    capabilities = config.compute_capabilities or supported_compute_capabilities(module)
-    described = _describe(module, builder_config, config, capabilities if kind.targets else (), gpu)
+    described = _describe(module, builder_config, config, capabilities, gpu)
     hazards = _hazards(config, described["version"], summary)
     _LOG.info("building %s: %s", plan_path.name, ", ".join(f"{key} {value}" for key, value in described.items()))
     _LOG.info(
@@ -244,8 +253,8 @@ def build_plan(onnx_path: Path, plan_path: Path, config: EngineConfig, progress:
     with plan_path.open("wb") as stream:
         stream.write(memoryview(serialized))
     size = serialized.nbytes
-    if cache is not None and config.timing_cache is not None:
-        _save_timing_cache(cache, config.timing_cache)
+    if cache is not None and config.options.timing_cache is not None:
+        _save_timing_cache(cache, config.options.timing_cache)
     _LOG.info("built %s: %.1f MiB in %.1f s", plan_path.name, size / 2**20, seconds)
     return Plan(plan_path, size, {**described, "seconds": round(seconds, 1)}, summary, hazards)
 
@@ -287,10 +296,34 @@ def load_module(engine: PlanEngine) -> ModuleType:
     )
 
 
-def supported_compute_capabilities(module: ModuleType) -> tuple[str, ...]:
-    """Compute capabilities of a portable RTX plan; empty for TensorRT, which compiles for the GPU at hand."""
+def check_machine(config: EngineConfig) -> tuple[ModuleType, Gpu | None, tuple[str, ...]]:
+    """What a build needs and takes no time to find out.
+
+    Returns:
+        The compiler's module, the GPU at hand if there is one, and for RTX the compute capabilities to compile for.
+
+    Raises:
+        EngineBuildError: No such package, no GPU where one is needed, or a compute capability that is not compiled for.
+    """
+    kind = _KINDS[config.engine]
+    module, gpu = load_module(config.engine), find_gpu()
+    if kind.needs_gpu and gpu is None:
+        raise EngineBuildError(
+            f"{kind.title} compiles on the GPU that will run the plan, and this machine has none (the NVIDIA driver's "
+            "libcuda.so.1 finds no GPU): build on that machine, or build an rtx engine, which needs no GPU"
+        )
+    if not kind.targets:
+        return module, gpu, ()
     known = _known_capabilities(module)
-    return tuple(name for name in known if tuple(map(int, name.split("."))) >= _PORTABLE_FROM)
+    portable = [name for name in known if tuple(map(int, name.split("."))) >= _PORTABLE_FROM]
+    wanted = config.options.compute_capabilities or tuple(portable)
+    unknown = [capability for capability in wanted if capability not in known]
+    if unknown:
+        raise EngineBuildError(
+            f"compute capability {', '.join(unknown)} is not one that {kind.title} {module.__version__} compiles for; "
+            f"allowed are {', '.join(known)}"
+        )
+    return module, gpu, wanted
 
 
 def _known_capabilities(module: ModuleType) -> dict[str, Any]:
@@ -455,7 +488,9 @@ def _check_precision(summary: NetworkSummary, precision: str) -> None:
         )
 
 
-def _configure(module: ModuleType, builder: Any, network: Any, config: EngineConfig) -> Any:
+def _configure(
+    module: ModuleType, builder: Any, network: Any, config: EngineConfig, capabilities: tuple[str, ...]
+) -> Any:
     """The compiler's configuration."""
     kind = _KINDS[config.engine]
     builder_config = builder.create_builder_config()
@@ -465,30 +500,23 @@ def _configure(module: ModuleType, builder: Any, network: Any, config: EngineCon
     if builder_config.add_optimization_profile(profile) < 0:
         raise EngineBuildError(f"{kind.title} refused the profile for {INPUT_NAME} {list(picture)}")
     flag = module.BuilderFlag
-    (builder_config.set_flag if config.tf32 else builder_config.clear_flag)(flag.TF32)
-    if config.version_compatible:
+    (builder_config.set_flag if config.options.tf32 else builder_config.clear_flag)(flag.TF32)
+    if config.options.version_compatible:
         builder_config.set_flag(flag.VERSION_COMPATIBLE)
-    if config.optimization_level is not None:
-        builder_config.builder_optimization_level = config.optimization_level
-    if config.hardware_compatibility != "none":
-        level = getattr(module.HardwareCompatibilityLevel, config.hardware_compatibility.upper(), None)
+    if config.options.optimization_level is not None:
+        builder_config.builder_optimization_level = config.options.optimization_level
+    if config.options.hardware_compatibility != "none":
+        level = getattr(module.HardwareCompatibilityLevel, config.options.hardware_compatibility.upper(), None)
         if level is None:
             raise EngineBuildError(
                 f"{kind.title} {module.__version__} does not know hardware compatibility "
-                f"{config.hardware_compatibility!r}; a newer one may"
+                f"{config.options.hardware_compatibility!r}; a newer one may"
             )
         builder_config.hardware_compatibility_level = level
-    if kind.targets:
+    if capabilities:
         known = _known_capabilities(module)
-        wanted = config.compute_capabilities or supported_compute_capabilities(module)
-        unknown = [capability for capability in wanted if capability not in known]
-        if unknown:
-            raise EngineBuildError(
-                f"compute capability {', '.join(unknown)} is not one that {kind.title} {module.__version__} compiles "
-                f"for; allowed are {', '.join(known)}"
-            )
-        builder_config.num_compute_capabilities = len(wanted)
-        for index, capability in enumerate(wanted):
+        builder_config.num_compute_capabilities = len(capabilities)
+        for index, capability in enumerate(capabilities):
             builder_config.set_compute_capability(known[capability], index)
     return builder_config
 
@@ -502,12 +530,12 @@ def _describe(
     return {
         "name": "tensorrt_rtx" if targets else "tensorrt",
         "version": module.__version__,
-        "compute_capabilities": list(capabilities) if targets else [gpu.compute_capability] if gpu else [],
+        "compute_capabilities": list(capabilities) or ([gpu.compute_capability] if gpu else []),
         "gpu": gpu.name if gpu is not None and not targets else None,
         "profile": {"min": 1, "opt": config.opt_batch_size, "max": config.max_batch_size},
         "flags": ["STRONGLY_TYPED", *sorted(flags)],
-        "version_compatible": config.version_compatible,
-        "hardware_compatibility": config.hardware_compatibility,
+        "version_compatible": config.options.version_compatible,
+        "hardware_compatibility": config.options.hardware_compatibility,
     }
 
 
@@ -531,7 +559,7 @@ def _hazards(config: EngineConfig, version: str, network: NetworkSummary) -> tup
 
 def _load_timing_cache(module: ModuleType, builder_config: Any, config: EngineConfig) -> Any:
     """The timing cache, attached to the configuration; None if there is to be none."""
-    path = config.timing_cache
+    path = config.options.timing_cache
     if path is None:
         return None
     data = path.read_bytes() if path.is_file() else b""
