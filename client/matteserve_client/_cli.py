@@ -44,6 +44,12 @@ _ENTRIES = {
     "export": _Entry(
         "matteserve_export.cli:export", "Turn weights into a served model.", "export", ("onnx", "onnxruntime", "torch")
     ),
+    "build": _Entry(
+        "matteserve_export.cli_build:build",
+        "Make another precision, or a TensorRT plan.",
+        "export",
+        ("onnx", "onnxruntime"),
+    ),
     "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server."),
 }
 

@@ -19,6 +19,7 @@ from matteserve_export._errors import (
     ExportError,
     OnnxError,
     ParityError,
+    PrecisionError,
     RepositoryError,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "ExportError",
     "OnnxError",
     "ParityError",
+    "PrecisionError",
     "RepositoryError",
 ]

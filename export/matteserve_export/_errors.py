@@ -8,6 +8,7 @@
         ├── OnnxError (ValueError)         the ONNX cannot be read, made or wrapped
         ├── EngineBuildError               a plan cannot be compiled here, or not from this ONNX
         ├── ParityError                    a stage's result differs from the stage before it; nothing was published
+        ├── PrecisionError (ValueError)    the ONNX cannot be brought to that precision
         ├── DownloadError                  the weights could not be fetched, or are not what they should be
         └── RepositoryError                the model repository cannot be written
 
@@ -37,6 +38,10 @@ class EngineBuildError(ExportError):
 
 class ParityError(ExportError):
     """A stage's output differs from its reference by more than the tolerance; nothing was published."""
+
+
+class PrecisionError(ExportError, ValueError):
+    """A serving ONNX cannot be brought to the precision that was asked for."""
 
 
 class DownloadError(ExportError):

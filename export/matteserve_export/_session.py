@@ -10,14 +10,14 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-__all__ = ["Runner", "make_runner", "run_model", "run_outputs"]
+__all__ = ["Runner", "make_runner", "open_session", "run_model", "run_outputs"]
 
 Runner = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def make_runner(model: onnx.ModelProto) -> Runner:
     """A function that runs the model: input array in, first output out."""
-    session = _open(model)
+    session = open_session(model)
     name = session.get_inputs()[0].name
 
     def run(array: NDArray[Any]) -> NDArray[Any]:
@@ -33,12 +33,13 @@ def run_model(model: onnx.ModelProto, array: NDArray[Any]) -> NDArray[Any]:
 
 def run_outputs(model: onnx.ModelProto, array: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Run the model once; all outputs by name."""
-    session = _open(model)
+    session = open_session(model)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: array}), strict=True))
 
 
-def _open(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A session on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; warnings about unused initializers are not the user's business
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -104,7 +104,9 @@ class BuildConfig:
                 "the engine onnx in fp32 is what all others are made from; `matteserve export` makes it"
             )
         if self.engine == "onnx" and self.options != CompilerOptions():
-            raise EngineBuildError("compiler options are for plans, engine kinds trt and rtx; ONNX Runtime compiles none")
+            raise EngineBuildError(
+                "compiler options are for plans, engine kinds trt and rtx; ONNX Runtime compiles none"
+            )
         if self.max_batch_size is not None and not 1 <= self.max_batch_size <= 256:
             raise EngineBuildError(f"max_batch_size is {self.max_batch_size}; allowed are 1 to 256")
 
@@ -280,8 +282,8 @@ def build_engine(config: BuildConfig, progress: Progress | None = None) -> Build
             engine_path, _ = write_model(config.model_repository, engine, alias=False)
     except OSError as exc:
         raise RepositoryError(
-            f"{config.model_repository}: cannot write {checked.name}: {exc.strerror or exc}; nothing was published. The "
-            "ONNX and the plan need room beside the repository"
+            f"{config.model_repository}: cannot write {checked.name}: {exc.strerror or exc}; nothing was published. "
+            "The ONNX and the plan need room beside the repository"
         ) from exc
     return BuildResult(
         model=config.model,
@@ -307,9 +309,7 @@ def _read_source(config: BuildConfig) -> tuple[str, Path, dict[str, Any], ModelC
         )
     manifest = read_manifest(path)
     try:
-        parsed = text_format.Parse(
-            (path / "config.pbtxt").read_text(encoding="utf-8"), model_config_pb2.ModelConfig()
-        )
+        parsed = text_format.Parse((path / "config.pbtxt").read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         contract = ModelContract.from_config(parsed)
     except (OSError, UnicodeDecodeError, text_format.ParseError, ContractError) as exc:
         raise RepositoryError(f"{path / 'config.pbtxt'} cannot be read: {exc}; export the model again") from exc
@@ -364,7 +364,7 @@ def load_pictures(folder: Path, contract: ModelContract) -> NDArray[np.uint8]:
     """
     if not folder.is_dir():
         raise ExportError(f"{folder}: no such folder; give one with pictures (JPEG, PNG, WebP, TIFF, BMP, GIF)")
-    tensors = []
+    tensors: list[NDArray[np.uint8]] = []
     for path in sorted(folder.iterdir()):
         if not path.is_file() or len(tensors) == _MAX_PICTURES:
             continue

@@ -8,9 +8,8 @@ what stands in `_Kind`:
 - ``rtx``, package `tensorrt_rtx`: compiles ahead of time, without a GPU, for a list of compute capabilities. Its plans
   are not TensorRT plans; Triton needs a Python-based backend for them.
 
-Networks are strongly typed: precision is what the ONNX says (see `precision.py`), the compiler only follows. Without a
-GPU a plan cannot be opened, so the parsed network is judged before anything is compiled: tensor names, uint8 at both
-ends, dynamic batch, the mode of every GridSample, and whether the network is in the precision that it claims.
+Networks are strongly typed: precision is what the ONNX says (see `precision.py`), the compiler only follows. What the
+parser made of the ONNX is judged before anything is compiled (see `network.py`).
 
 Polygraphy (0.53.6) was tried for this. It does build RTX plans, but which of the two packages it uses is one switch for
 the process, read when it is imported; it knows the name `tensorrt_rtx` only, which the wheels do not install; and its
@@ -25,22 +24,21 @@ import logging
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from matteserve_client import INPUT_NAME, OUTPUT_NAME
+from matteserve_client import INPUT_NAME
 from matteserve_export._errors import EngineBuildError
 from matteserve_export._gpu import Gpu, find_gpu
+from matteserve_export.network import NetworkSummary, check_network
 
 __all__ = [
     "CompilerOptions",
     "EngineConfig",
     "HardwareCompatibility",
-    "NetworkSummary",
     "Plan",
     "PlanEngine",
     "Progress",
@@ -91,9 +89,6 @@ _KINDS: Mapping[str, _Kind] = {
     ),
 }
 
-# Layers that multiply; their precision is the engine's. The others follow, or are kept in float32 on purpose.
-_PRODUCTS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"})
-_FLOATING = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "FP8": "fp8"}
 _PORTABLE_FROM = (8, 0)  # Turing costs the others speed, so NVIDIA leaves it out of portable engines, too
 
 
@@ -155,7 +150,8 @@ class EngineConfig:
             raise EngineBuildError(f"there is no plan of engine kind {self.engine!r}; allowed are {', '.join(_KINDS)}")
         if not 1 <= self.opt_batch_size <= self.max_batch_size:
             raise EngineBuildError(
-                f"profile: batch sizes are min 1, opt {self.opt_batch_size}, max {self.max_batch_size}; they must ascend"
+                f"profile: batch sizes are min 1, opt {self.opt_batch_size}, max {self.max_batch_size}; they "
+                "must ascend"
             )
         options = self.options
         if _KINDS[self.engine].targets:
@@ -171,25 +167,6 @@ class EngineConfig:
                 "compute capabilities are for engine kind rtx; TensorRT compiles for the GPU at hand, see "
                 "hardware_compatibility"
             )
-
-
-@dataclass(frozen=True)
-class NetworkSummary:
-    """What the parser made of an ONNX.
-
-    Attributes:
-        layers: Number of layers.
-        products: Convolutions and matrix products by the precision that they are computed in.
-        grid_samples: Number of GridSample layers, each bilinear.
-        softmaxes: Number of softmax layers, that is of attentions.
-        quantizers: Number of Quantize and Dequantize layers.
-    """
-
-    layers: int
-    products: Mapping[str, int]
-    grid_samples: int = 0
-    softmaxes: int = 0
-    quantizers: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,7 +205,7 @@ def build_plan(onnx_path: Path, plan_path: Path, config: EngineConfig, progress:
     module, gpu, capabilities = check_machine(config)
     logger = _logger(module)
     builder, network, _parser = _parse(module, logger, onnx_path)
-    summary = _check_network(module, network, config.precision)
+    summary = check_network(module, network, config.precision)
     builder_config = _configure(module, builder, network, config, capabilities)
     monitor = _monitor(module, progress)
     builder_config.progress_monitor = monitor
@@ -267,7 +244,7 @@ def parse_network(onnx_path: Path, engine: PlanEngine, precision: str) -> Networ
     """
     module = load_module(engine)
     _builder, network, _parser = _parse(module, _logger(module), onnx_path)
-    return _check_network(module, network, precision)
+    return check_network(module, network, precision)
 
 
 def load_module(engine: PlanEngine) -> ModuleType:
@@ -418,74 +395,6 @@ def _parse(module: ModuleType, logger: Any, onnx_path: Path) -> tuple[Any, Any, 
     if not network.num_layers:  # the parser takes many byte strings for an ONNX without nodes
         raise EngineBuildError(f"{onnx_path.name} holds no network; is it an ONNX?")
     return builder, network, parser
-
-
-def _check_network(module: ModuleType, network: Any, precision: str) -> NetworkSummary:
-    """Raise unless the network has the wire format, batches, and the precision that it claims."""
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    found = [f"{t.name} {t.dtype.name} {list(t.shape)}" for t in (*inputs, *outputs)]
-    shape = tuple(inputs[0].shape) if inputs else ()
-    uint8 = module.DataType.UINT8
-    wire = len(shape) == 4 and [(t.name, t.dtype, tuple(t.shape)) for t in (*inputs, *outputs)] == [
-        (INPUT_NAME, uint8, (-1, *shape[1:3], 3)),
-        (OUTPUT_NAME, uint8, (-1, *shape[1:3])),
-    ]
-    if not wire or -1 in shape[1:]:
-        raise EngineBuildError(
-            f"the network has another wire format: expected {INPUT_NAME} UINT8 [-1, H, W, 3] and {OUTPUT_NAME} UINT8 "
-            f"[-1, H, W], found {', '.join(found)}; build from a serving ONNX of `matteserve export`"
-        )
-    counts: Counter[str] = Counter()
-    products: Counter[str] = Counter()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        kind = layer.type.name
-        counts[kind] += 1
-        if kind in _PRODUCTS:
-            dtype = layer.get_input(0).dtype.name
-            products[_FLOATING.get(dtype, dtype.lower())] += 1
-        elif kind == "GRID_SAMPLE":
-            _check_grid_sample(module, layer)
-    summary = NetworkSummary(
-        layers=network.num_layers,
-        products=dict(products),
-        grid_samples=counts["GRID_SAMPLE"],
-        softmaxes=counts["SOFTMAX"] + counts["ATTENTION_INPUT"],
-        quantizers=counts["QUANTIZE"] + counts["DEQUANTIZE"],
-    )
-    _check_precision(summary, precision)
-    return summary
-
-
-def _check_grid_sample(module: ModuleType, layer: Any) -> None:
-    """Raise unless the layer samples as `DeformConv` does; a parser that reads another mode says nothing about it."""
-    layer.__class__ = module.IGridSampleLayer  # the API hands out the base class
-    grid, picture = layer.get_input(1).dtype.name, layer.get_input(0).dtype.name
-    mode, outside = layer.interpolation_mode.name, layer.sample_mode.name
-    if (mode, outside, layer.align_corners) != ("LINEAR", "FILL", False) or grid != picture:
-        raise EngineBuildError(
-            f"the parser read GridSample {layer.name!r} as {mode}, {outside}, align_corners {layer.align_corners}, "
-            f"{picture} at {grid} coordinates; expected LINEAR, FILL, False and one dtype. Some parsers read operator "
-            "set 20 and above as NEAREST (NVIDIA/TensorRT issue 4646): export with operator set 16 to 19"
-        )
-
-
-def _check_precision(summary: NetworkSummary, precision: str) -> None:
-    """Raise unless most products are in the precision that is claimed, and for fp32 all of them."""
-    total = sum(summary.products.values())
-    if precision == "int8":
-        right = summary.quantizers > 0
-    elif precision == "fp32":
-        right = summary.products.get("fp32", 0) == total and not summary.quantizers
-    else:
-        right = summary.products.get(precision, 0) * 2 > total
-    if not right:
-        counted = ", ".join(f"{count} {name}" for name, count in sorted(summary.products.items())) or "none"
-        raise EngineBuildError(
-            f"the network is not {precision}: of its {total} convolutions and matrix products are {counted}, and it "
-            f"has {summary.quantizers} quantizers. Precision is what the ONNX declares; convert the ONNX first"
-        )
 
 
 def _configure(

@@ -38,7 +38,6 @@ from matteserve_export.weights import SourceKind, Weights
 __all__ = ["SCHEMA_VERSION", "build_manifest", "export_manifest", "onnx_record", "read_manifest"]
 
 SCHEMA_VERSION = 2
-FP32_TOLERANCE = AlphaTolerance(max_abs=1.0001 / 255, p999_abs=1.0001 / 255, mean_abs=0.05 / 255, min_iou=0.999)
 _REQUIRED = ("model", "engine", "precision", "onnx", "weights", "input", "parity")
 _PRODUCERS = ("torch", "onnx", "onnxruntime", "onnxslim", "modelopt")
 

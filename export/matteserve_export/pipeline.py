@@ -20,16 +20,17 @@ from matteserve_export._files import digest
 from matteserve_export._session import Runner, make_runner
 from matteserve_export.checkpoints import load_into, read_state_dict
 from matteserve_export.compare import (
-    Comparison,
+    EngineParity,
     compare_batches,
     compare_core,
     compare_serving,
     make_scenes,
-    require,
     run_maps,
+    watched_runner,
 )
-from matteserve_export.manifest import FP32_TOLERANCE, export_manifest
+from matteserve_export.manifest import export_manifest
 from matteserve_export.models import MODEL_BUILDERS, build_model
+from matteserve_export.precision import tolerance_for
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
 from matteserve_export.to_onnx import ToOnnxConfig, export_core
@@ -106,7 +107,7 @@ class ExportResult:
     onnx_sha256: str
     onnx_bytes: int
     contract: ModelContract
-    parity: tuple[Comparison, ...]
+    parity: tuple[EngineParity, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def export_model(config: ExportConfig) -> ExportResult:
             serving=serving,
             serialized=serialized,
             parity=[comparison.to_dict() for comparison in parity],
-            tolerance=FP32_TOLERANCE,
+            tolerance=tolerance_for("fp32", weights.architecture),
         ),
         batching=config.batching,
         instances=config.instances,
@@ -227,19 +228,19 @@ def _gates(
     scenes: NDArray[np.uint8],
     wrap: ServingConfig,
     max_batch_size: int,
-) -> tuple[Comparison, ...]:
+) -> tuple[EngineParity, ...]:
     """Compare every stage with the one before; raise at the first that fails."""
     images = scenes[:_SCENES]
     _LOG.info("comparing with the reference on %d pictures, and batches with single pictures", len(images))
     reference_maps = run_maps(reference, images, wrap)
-    run_serving = make_runner(serving)
+    run_serving = watched_runner(serving)
     parity = [
-        require(compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap)),
-        require(compare_serving(run_serving, reference_maps, images, wrap)),
+        compare_core(run_maps(make_runner(core.model), images, wrap), reference_maps, wrap).require(),
+        compare_serving(run_serving, reference_maps, images, wrap).require(),
     ]
     if max_batch_size > 1:
         sizes = range(1, min(max_batch_size, 8) + 1)
-        parity.append(require(compare_batches(run_serving, scenes, sizes)))
+        parity.append(compare_batches(run_serving, scenes, sizes).require())
     return tuple(parity)
 
 

@@ -336,8 +336,8 @@ def _write_files(engine: Engine, folder: Path) -> None:
         if found != {key: wanted.get(key) for key in found}:
             raise RepositoryError(
                 f"{path.name} of {engine.name} is not the file that its manifest describes: found {found['bytes']} "
-                f"bytes, sha256 {found['sha256']}, expected {wanted.get('bytes')} bytes, sha256 {wanted.get('sha256')}. "
-                "It is cut short, or another engine's; nothing was published. Build it again"
+                f"bytes, {found['sha256']}, expected {wanted.get('bytes')} bytes, sha256 {wanted.get('sha256')}: "
+                "it is cut short, or another engine's; nothing was published. Build it again"
             )
     manifest = json.dumps(engine.manifest, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")

@@ -30,13 +30,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from matteserve_client import INPUT_NAME, OUTPUT_NAME
 from matteserve_export._errors import OnnxError
+from matteserve_export._names import BATCH_DIMENSION, WRAP_PREFIX
 from matteserve_export._session import run_model, run_outputs
-from matteserve_export.to_onnx import BATCH_DIMENSION
 
 __all__ = ["FLAT_RANGE", "Core", "ServingConfig", "build_serving", "load_core", "prepare_core"]
 
 _LOG = logging.getLogger(__name__)
-_PREFIX = "wrap/"
 _MIN_OPSET = 11  # Clip takes its bounds as inputs, and Round exists, from 11 on.
 
 FLAT_RANGE = 1e-6
@@ -212,16 +211,16 @@ class _Chain:
 
     def node(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         """Append a node with one output; return the output's name."""
-        output = name or f"{_PREFIX}{operator}_{'_'.join(i.rsplit('/')[-1] for i in inputs[:1])}_{len(self.nodes)}"
+        output = name or f"{WRAP_PREFIX}{operator}_{'_'.join(i.rsplit('/')[-1] for i in inputs[:1])}_{len(self.nodes)}"
         self.nodes.append(
-            helper.make_node(operator, list(inputs), [output], name=f"{_PREFIX}{operator}_{output}", **attributes)
+            helper.make_node(operator, list(inputs), [output], name=f"{WRAP_PREFIX}{operator}_{output}", **attributes)
         )
         return output
 
     def constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:
         """Add an initializer; return its name."""
-        self.initializers.append(numpy_helper.from_array(np.asarray(value), _PREFIX + name))
-        return _PREFIX + name
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), WRAP_PREFIX + name))
+        return WRAP_PREFIX + name
 
     def min_max(self, x: str) -> str:
         """Stretch each map [batch, H, W] to 0..1; a flat one keeps its values."""

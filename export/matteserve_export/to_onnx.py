@@ -14,13 +14,13 @@ import onnxslim
 import torch
 
 from matteserve_export._errors import OnnxError
+from matteserve_export._names import BATCH_DIMENSION
 
-__all__ = ["BATCH_DIMENSION", "CORE_INPUT_NAME", "ToOnnxConfig", "count_nodes", "describe_nodes", "export_core"]
+__all__ = ["CORE_INPUT_NAME", "ToOnnxConfig", "count_nodes", "describe_nodes", "export_core"]
 
 _LOG = logging.getLogger(__name__)
 
 CORE_INPUT_NAME = "pixel_values"
-BATCH_DIMENSION = "batch"
 
 # A graph with a fixed size needs none of these; one that has them computes shapes at run time, which costs time on
 # every request and is where TensorRT's parser gives up.
