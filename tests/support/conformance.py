@@ -1,63 +1,89 @@
-"""Weights and inputs that follow from names alone, to compare an architecture with recorded outputs.
-
-No trained checkpoint is needed to show that two implementations compute the same function: it is enough that both carry
-the same weights. Here the values of a state-dict entry depend on a seed, its name and its shape only. Filters are drawn
-with a gain by role and shifted to sum to zero, so that activations stay of order one and the output really varies.
-"""
+"""Inputs that follow from their shape alone, and recorded outputs of the original code to compare with."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
+import gzip
+import json
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-# Variance times fan-in of the weights with two or more dimensions, by name; the first match holds.
-_GAINS = (
-    (r"(^|\.)(outconv|side[1-6])\.weight$", 3.0),
-    (r"(^|\.)rebnconvin\.conv_s1\.weight$", 1.2),
-    (r"(^|\.)rebnconv1d\.conv_s1\.weight$", 1.8),
-    (r"(^|\.)rebnconv\w+\.conv_s1\.weight$", 2.2),
-)
+from matteserve_export.conformance import fill_module as fill
+from matteserve_export.conformance import generator
 
+__all__ = ["Taps", "fill", "pixel_values", "recorded_keys", "recorded_vectors"]
 
-def _generator(seed: int, label: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}:{label}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
+_FOLDER = Path(__file__).parents[1] / "export" / "conformance"
 
 
-def entry_values(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Values of one floating entry of a state dict, float32."""
-    rng = _generator(seed, name)
-    last = name.rpartition(".")[2]
-    if last == "running_var":
-        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
-    if last in ("running_mean", "bias"):
-        return (rng.standard_normal(shape) * 0.1).astype(np.float32)
-    if len(shape) == 1:  # batch norm's scale
-        return rng.uniform(0.8, 1.2, shape).astype(np.float32)
-    gain = next(gain for pattern, gain in _GAINS if re.search(pattern, name))
-    fan_in = math.prod(shape[1:])
-    filters = rng.standard_normal((shape[0], fan_in))
-    filters -= filters.mean(axis=1, keepdims=True)
-    return (filters * math.sqrt(gain / fan_in)).reshape(shape).astype(np.float32)
+@lru_cache
+def recorded_keys() -> dict[str, Any]:
+    """Of each architecture, the entries of its checkpoints, and the fingerprint of those filled with seed 1."""
+    keys: dict[str, Any] = json.loads(gzip.decompress((_FOLDER / "keys.json.gz").read_bytes()))
+    return keys
 
 
-def fill(model: torch.nn.Module, seed: int) -> None:
-    """Overwrite the floating entries of a model's state dict."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.from_numpy(entry_values(seed, name, tuple(tensor.shape))))
+def recorded_vectors(name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Recorded cases of an architecture: shapes, outputs, elements of intermediate tensors."""
+    with np.load(_FOLDER / f"{name}.npz") as vectors:
+        return dict(vectors)
+
+
+class Taps:
+    """Collects what the modules of a network return, by the names that the recordings use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._passes: dict[str, int] = {}
+        self._handles = [
+            module.register_forward_hook(lambda _, inputs, output, name=name: self._collect(name, inputs, output))
+            for name, module in model.named_modules()
+        ]
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _collect(self, name: str, inputs: tuple[Any, ...], output: Any) -> None:
+        first = self._passes.get(name, 0) == 0
+        self._passes[name] = 1
+        if name == "bb":
+            for number, features in enumerate(output, start=1):
+                self.tensors[f"bb.{'full' if first else 'half'}.x{number}"] = features
+            return
+        if name == "squeeze_module":
+            self.tensors["forward_enc.x4"] = inputs[0]
+        elif name == "decoder":
+            self.tensors.update({f"forward_enc.x{number}": inputs[number] for number in (1, 2, 3)})
+            for number in (2, 3, 4):
+                gate = torch.sigmoid(self.tensors[f"decoder.gdt_convs_attn_{number}"])
+                self.tensors[f"decoder.p{number}"] = gate * self.tensors[f"decoder.decoder_block{number}"]
+        output = output[0] if isinstance(output, tuple) else output
+        suffix = ("@full" if first else "@half") if name.startswith("bb.") else ""
+        # A copy, as an activation in place may follow.
+        self.tensors[name + suffix] = output.clone()
+
+    def values(self, name: str, shape: tuple[int, ...], index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Elements of one tensor at flat indices into the shape that the original code gives it."""
+        tensor = self.tensors[name]
+        if len(shape) == 4 and tensor.ndim == 2:  # a map kept as rows, one per pixel
+            batch, channels, height, width = shape
+            tensor = tensor.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        assert tensor.numel() == np.prod(shape)
+        return tensor.flatten().numpy()[index]
 
 
 def pixel_values(seed: int, shape: tuple[int, int, int, int]) -> torch.Tensor:
     """Normalised pictures, (N, C, H, W) float32: soft discs over waves and noise, in multiples of 1/64."""
     batch, channels, height, width = shape
-    rng = _generator(seed, "input:" + "x".join(str(n) for n in shape))
+    rng = generator(seed, "input:" + "x".join(str(n) for n in shape))
     y = (np.arange(height)[:, None] + 0.5) / height
     x = (np.arange(width)[None, :] + 0.5) / width
     out = np.empty(shape)

@@ -14,37 +14,20 @@ Names, shapes and order of the state dict are those of the released checkpoints.
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["RSU", "U2Net", "u2net", "u2netp"]
+from matteserve_export.models._ops import resize, static_size
 
-
-def _static_size(x: Tensor) -> tuple[int, int]:
-    """Height and width of ``x`` as plain numbers."""
-    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return x.shape[-2], x.shape[-1]
-    # The tracer warns that the numbers become constants. That is what is wanted: the size is fixed per exported model.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        return int(x.shape[-2]), int(x.shape[-1])
+__all__ = ["RSU", "Stage", "U2Net", "UStructure", "u2net", "u2netp"]
 
 
 def _upsample_to(x: Tensor, partner: Tensor) -> Tensor:
     """Resize ``x`` bilinearly (corners not aligned) to the height and width of ``partner``."""
-    height, width = _static_size(x)
-    target_height, target_width = _static_size(partner)
-    if (height, width) == (target_height, target_width):
-        return x
-    if target_height % height == 0 and target_width % width == 0:
-        # A constant factor keeps shape arithmetic out of the exported graph; the sampling points are the same.
-        factor = (float(target_height // height), float(target_width // width))
-        return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False, recompute_scale_factor=False)
-    return F.interpolate(x, size=(target_height, target_width), mode="bilinear", align_corners=False)
+    return resize(x, static_size(partner), align_corners=False)
 
 
 class ConvBNReLU(nn.Module):
@@ -105,7 +88,7 @@ class RSU(nn.Module):
         return torch.add(h, residual)
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
     """Arguments of one residual U-block."""
 
     depth: int
@@ -115,16 +98,14 @@ class _Stage(NamedTuple):
     dilated: bool = False
 
 
-class U2Net(nn.Module):
-    """U²-Net: a U-structure of eleven residual U-blocks with six side outputs and one fused output.
+class UStructure(nn.Module):
+    """The outer U of U²-Net and IS-Net: eleven residual U-blocks with six side outputs.
 
-    Args:
-        encoder: Blocks ``stage1`` to ``stage6``.
-        decoder: Blocks ``stage5d`` down to ``stage1d``.
+    Subclasses call `add_stages` once; released checkpoints have no level above the stages, and neither has this.
     """
 
-    def __init__(self, encoder: tuple[_Stage, ...], decoder: tuple[_Stage, ...]) -> None:
-        super().__init__()
+    def add_stages(self, encoder: tuple[Stage, ...], decoder: tuple[Stage, ...]) -> None:
+        """Make the blocks ``stage1`` to ``stage6``, ``stage5d`` down to ``stage1d``, and ``side1`` to ``side6``."""
         for number, stage in enumerate(encoder, start=1):
             self.add_module(f"stage{number}", RSU(*stage))
         for number, stage in zip(range(5, 0, -1), decoder, strict=True):
@@ -133,6 +114,41 @@ class U2Net(nn.Module):
         side_channels = [stage.out_channels for stage in reversed(decoder)] + [encoder[-1].out_channels]
         for number, channels in enumerate(side_channels, start=1):
             self.add_module(f"side{number}", nn.Conv2d(channels, 1, 3, padding=1))
+
+    def stage_features(self, x: Tensor) -> list[Tensor]:
+        """Features that the side outputs read, finest first: of ``stage1d`` to ``stage5d`` and of ``stage6``."""
+        skips: list[Tensor] = []
+        h = x
+        for number in range(1, 7):
+            if number > 1:
+                h = F.max_pool2d(h, 2, stride=2, ceil_mode=True)
+            h = self.get_submodule(f"stage{number}")(h)
+            skips.append(h)
+
+        features = [skips.pop()]
+        for number in range(5, 0, -1):
+            skip = skips.pop()
+            h = self.get_submodule(f"stage{number}d")(torch.cat((_upsample_to(h, skip), skip), 1))
+            features.append(h)
+        return features[::-1]
+
+    def side_map(self, number: int, features: Tensor) -> Tensor:
+        """Side output `number`, logits at the size of `features`."""
+        side: Tensor = self.get_submodule(f"side{number}")(features)
+        return side
+
+
+class U2Net(UStructure):
+    """U²-Net: a U-structure of eleven residual U-blocks with six side outputs and one fused output.
+
+    Args:
+        encoder: Blocks ``stage1`` to ``stage6``.
+        decoder: Blocks ``stage5d`` down to ``stage1d``.
+    """
+
+    def __init__(self, encoder: tuple[Stage, ...], decoder: tuple[Stage, ...]) -> None:
+        super().__init__()
+        self.add_stages(encoder, decoder)
         self.outconv = nn.Conv2d(6, 1, 1)
 
     def side_logits(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -144,22 +160,8 @@ class U2Net(nn.Module):
         Returns:
             The fused map d0 and the side maps d1 to d6, each of shape (B, 1, H, W), logits.
         """
-        skips: list[Tensor] = []
-        h = x
-        for number in range(1, 7):
-            if number > 1:
-                h = F.max_pool2d(h, 2, stride=2, ceil_mode=True)
-            h = self.get_submodule(f"stage{number}")(h)
-            skips.append(h)
-
-        sides: list[Tensor] = [self.get_submodule("side6")(skips.pop())]
-        for number in range(5, 0, -1):
-            skip = skips.pop()
-            h = self.get_submodule(f"stage{number}d")(torch.cat((_upsample_to(h, skip), skip), 1))
-            sides.append(self.get_submodule(f"side{number}")(h))
-
-        sides.reverse()
-        maps = tuple(_upsample_to(side, sides[0]) for side in sides)
+        sides = [self.side_map(number, features) for number, features in enumerate(self.stage_features(x), start=1)]
+        maps = tuple(_upsample_to(side, x) for side in sides)
         return (self.outconv(torch.cat(maps, 1)), *maps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,19 +180,19 @@ def u2net() -> U2Net:
     """U²-Net, 44.0 M parameters (176 MB)."""
     return U2Net(
         encoder=(
-            _Stage(7, 3, 32, 64),
-            _Stage(6, 64, 32, 128),
-            _Stage(5, 128, 64, 256),
-            _Stage(4, 256, 128, 512),
-            _Stage(4, 512, 256, 512, dilated=True),
-            _Stage(4, 512, 256, 512, dilated=True),
+            Stage(7, 3, 32, 64),
+            Stage(6, 64, 32, 128),
+            Stage(5, 128, 64, 256),
+            Stage(4, 256, 128, 512),
+            Stage(4, 512, 256, 512, dilated=True),
+            Stage(4, 512, 256, 512, dilated=True),
         ),
         decoder=(
-            _Stage(4, 1024, 256, 512, dilated=True),
-            _Stage(4, 1024, 128, 256),
-            _Stage(5, 512, 64, 128),
-            _Stage(6, 256, 32, 64),
-            _Stage(7, 128, 16, 64),
+            Stage(4, 1024, 256, 512, dilated=True),
+            Stage(4, 1024, 128, 256),
+            Stage(5, 512, 64, 128),
+            Stage(6, 256, 32, 64),
+            Stage(7, 128, 16, 64),
         ),
     )
 
@@ -199,18 +201,18 @@ def u2netp() -> U2Net:
     """U²-Net-P, the small variant, 1.13 M parameters (4.7 MB)."""
     return U2Net(
         encoder=(
-            _Stage(7, 3, 16, 64),
-            _Stage(6, 64, 16, 64),
-            _Stage(5, 64, 16, 64),
-            _Stage(4, 64, 16, 64),
-            _Stage(4, 64, 16, 64, dilated=True),
-            _Stage(4, 64, 16, 64, dilated=True),
+            Stage(7, 3, 16, 64),
+            Stage(6, 64, 16, 64),
+            Stage(5, 64, 16, 64),
+            Stage(4, 64, 16, 64),
+            Stage(4, 64, 16, 64, dilated=True),
+            Stage(4, 64, 16, 64, dilated=True),
         ),
         decoder=(
-            _Stage(4, 128, 16, 64, dilated=True),
-            _Stage(4, 128, 16, 64),
-            _Stage(5, 128, 16, 64),
-            _Stage(6, 128, 16, 64),
-            _Stage(7, 128, 16, 64),
+            Stage(4, 128, 16, 64, dilated=True),
+            Stage(4, 128, 16, 64),
+            Stage(5, 128, 16, 64),
+            Stage(6, 128, 16, 64),
+            Stage(7, 128, 16, 64),
         ),
     )
