@@ -25,7 +25,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -313,11 +315,15 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:4])
 
 
-def _logger(module: ModuleType) -> Any:
-    """The compiler's log: warnings to ours, errors kept for the exception that follows them."""
-    severity = module.ILogger.Severity
+@cache
+def _shared_logger(logger_class: Any) -> Any:
+    """The compiler's log: warnings to ours, errors kept for the exception that follows them.
 
-    class Logger(module.ILogger):  # type: ignore[misc, name-defined]
+    One for the process, because the compiler keeps to the first that it is given.
+    """
+    severity = logger_class.Severity
+
+    class Logger(logger_class):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -334,6 +340,13 @@ def _logger(module: ModuleType) -> Any:
             return "; ".join(self.errors[-3:]) or "it gave no reason"
 
     return Logger()
+
+
+def _logger(module: ModuleType) -> Any:
+    """The compiler's log, without what earlier builds left in it."""
+    logger = _shared_logger(module.ILogger)
+    logger.errors.clear()
+    return logger
 
 
 def _monitor(module: ModuleType, progress: Progress | None) -> Any:
@@ -490,7 +503,8 @@ def _save_timing_cache(cache: Any, path: Path) -> None:
     except OSError as exc:
         # The plan is good without it.
         _LOG.warning("%s: the timing cache could not be written: %s", path, exc.strerror or exc)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _name(module: ModuleType) -> tuple[str, str]:
