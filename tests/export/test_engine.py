@@ -30,7 +30,7 @@ from matteserve_export.engine import (
 from matteserve_export.lowering import lower_deform_conv
 from matteserve_export.network import NetworkSummary
 from matteserve_export.precision import convert
-from support.serving_graphs import SIZE, exported, sampled, wire
+from support.serving_graphs import SIZE, exported, sampled, small, wire
 
 rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed: matteserve[rtx]")
 
@@ -110,7 +110,7 @@ def test_bf16(save: Callable[[onnx.ModelProto], Path]) -> None:
 
 def test_int8(save: Callable[[onnx.ModelProto], Path]) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
-    summary = parse_network(save(convert(sampled(), "int8", pictures)), "rtx", "int8")
+    summary = parse_network(save(convert(small(), "int8", pictures)), "rtx", "int8")
     assert summary.quantizers > 0
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from matteserve_export.models import build_model
 from matteserve_export.models.deform_conv import DeformableConv2d
@@ -29,6 +31,14 @@ def exported(architecture: str, size: int) -> onnx.ModelProto:
     config = ToOnnxConfig(size, size, "logits" if logits else "probability", 19 if deformable else 17)
     core = Core(export_core(model, config), size, size, batched=True)
     return build_serving(core, ServingConfig(*IMAGENET, sigmoid=logits, min_max=not logits))
+
+
+def small(size: int = SIZE) -> onnx.ModelProto:
+    """The exporter's own wrap around two convolutions."""
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), nn.Sigmoid()]
+    core = export_core(nn.Sequential(*layers).eval(), ToOnnxConfig(size, size))
+    return build_serving(Core(core, size, size, batched=True), ServingConfig(*IMAGENET, min_max=True))
 
 
 def sampled(
