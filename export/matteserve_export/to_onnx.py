@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import onnx
-import onnxslim
 import torch
 
 from matteserve_export._errors import OnnxError
 from matteserve_export._names import BATCH_DIMENSION
+from matteserve_export.graph import attach_weights, clean_graph
+from matteserve_export.models.deform_conv import DeformableConv2d
 
 __all__ = ["CORE_INPUT_NAME", "ToOnnxConfig", "count_nodes", "describe_nodes", "export_core"]
 
@@ -24,7 +25,12 @@ CORE_INPUT_NAME = "pixel_values"
 
 # A graph with a fixed size needs none of these; one that has them computes shapes at run time, which costs time on
 # every request and is where TensorRT's parser gives up.
-_SHAPE_OPERATORS = frozenset({"Shape", "Gather", "If", "Loop", "Range", "NonZero", "ConstantOfShape"})
+_SHAPE_OPERATORS = frozenset({"Shape", "Size", "If", "Loop", "Range", "NonZero", "ConstantOfShape"})
+
+# TensorRT's parser takes 16 to 19 without surprises: at 20 some versions read GridSample's mode wrongly, and GELU is a
+# node of its own. LayerNormalization is one node from 17 on, DeformConv takes what torch means by it from 19 on.
+_OPSETS = range(17, 20)
+_NATIVE_OPSET = 19
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,22 @@ class ToOnnxConfig:
         height: Input height in pixels.
         width: Input width in pixels.
         output_name: "probability", or "logits" where the sigmoid is still to come.
-        opset: ONNX operator set; 17 is what TensorRT's parser and ONNX Runtime both take without surprises.
+        opset: ONNX operator set, 17 to 19; None, and too small a number, means the least that the network needs.
+        deform_conv: Form of deformable convolutions: "native" is ONNX `DeformConv`, the fastest and leanest in ONNX
+            Runtime; "grid-sample" is made of operators that every TensorRT knows.
     """
 
     height: int
     width: int
     output_name: str = "probability"
-    opset: int = 17
+    opset: int | None = None
+    deform_conv: Literal["native", "grid-sample"] = "native"
+
+    def __post_init__(self) -> None:
+        if self.opset is not None and self.opset not in _OPSETS:
+            raise OnnxError(f"operator set {self.opset} is not supported; allowed are {_OPSETS[0]} to {_OPSETS[-1]}")
+        if self.deform_conv not in ("native", "grid-sample"):
+            raise OnnxError(f"deform_conv is {self.deform_conv!r}; allowed are native and grid-sample")
 
 
 def export_core(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto:
@@ -49,7 +64,7 @@ def export_core(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto
 
     Args:
         model: Maps normalised pixel values, (B, 3, H, W) float32 RGB, to one map (B, 1, H, W) float32.
-        config: Size, output name, operator set.
+        config: Size, output name, operator set, form of deformable convolutions.
 
     Returns:
         The simplified graph with input `pixel_values` [batch, 3, H, W] and one output [batch, 1, H, W].
@@ -59,34 +74,34 @@ def export_core(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto
     """
     if model.training:
         raise OnnxError("the network is in training mode; call .eval() before the export")
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "core.onnx"
-        _trace(model, raw, config)
-        core: onnx.ModelProto = onnxslim.slim(onnx.load(str(raw)))
-    # The exporter invents names for output dimensions.
-    output = core.graph.output[0].type.tensor_type
-    for index, size in enumerate((None, 1, config.height, config.width)):
-        dimension = output.shape.dim[index]
-        dimension.Clear()
-        if size is None:
-            dimension.dim_param = BATCH_DIMENSION
-        else:
-            dimension.dim_value = size
+    # Without weights, which are added at the end: they are never copied in between, and stay shared where they are.
+    core = _trace(model, config)
+    weights = clean_graph(core, {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()})
     found = sorted(count_nodes(core).keys() & _SHAPE_OPERATORS)
     if found:
         raise OnnxError(
             f"the exported graph computes shapes at run time ({', '.join(found)}); write the network so that sizes "
             "are plain numbers"
         )
+    # The exporter invents names for output dimensions.
+    output = core.graph.output[0]
+    shape = (BATCH_DIMENSION, 1, config.height, config.width)
+    output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, shape))
     onnx.checker.check_model(core, full_check=True)
+    attach_weights(core, weights)
     _LOG.info("core ONNX: %s", describe_nodes(core))
     return core
 
 
-def _trace(model: torch.nn.Module, path: Path, config: ToOnnxConfig) -> None:
-    """Run torch's exporter."""
+def _trace(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto:
+    """Run torch's exporter; weights become inputs of the graph."""
     names = [CORE_INPUT_NAME, config.output_name]
+    deformable = [module for module in model.modules() if isinstance(module, DeformableConv2d)]
+    needed = _NATIVE_OPSET if deformable and config.deform_conv == "native" else _OPSETS[0]
+    stream = io.BytesIO()
     try:
+        for module in deformable:
+            module.form = config.deform_conv
         with torch.no_grad(), warnings.catch_warnings():
             # The TorchScript exporter is chosen on purpose: it keeps the batch symbolic for every network here, the
             # newer one does not. Only its own announcement of retirement is silenced.
@@ -95,15 +110,21 @@ def _trace(model: torch.nn.Module, path: Path, config: ToOnnxConfig) -> None:
             torch.onnx.export(
                 model,
                 (torch.zeros(1, 3, config.height, config.width),),
-                str(path),
+                stream,  # type: ignore[arg-type]  # the exporter takes streams; its annotation does not say so
                 dynamo=False,
-                opset_version=config.opset,
+                export_params=False,
+                do_constant_folding=False,
+                opset_version=max(config.opset or needed, needed),
                 input_names=names[:1],
                 output_names=names[1:],
                 dynamic_axes={name: {0: BATCH_DIMENSION} for name in names},
             )
     except (RuntimeError, torch.onnx.OnnxExporterError) as exc:
         raise OnnxError(f"torch could not export the network at {config.height}x{config.width}: {exc}") from exc
+    finally:
+        for module in deformable:
+            module.form = "taps"
+    return onnx.load_from_string(stream.getvalue())
 
 
 def count_nodes(model: onnx.ModelProto) -> Counter[str]:

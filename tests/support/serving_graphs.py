@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from matteserve_export.models import build_model
-from matteserve_export.models.deform_conv import DeformableConv2d
 from matteserve_export.serving import Core, ServingConfig, build_serving
 from matteserve_export.to_onnx import ToOnnxConfig, export_core
 from support.conformance import fill
@@ -24,11 +23,8 @@ def exported(architecture: str, size: int) -> onnx.ModelProto:
     """Serving graph of an architecture, as `matteserve export` makes it; native `DeformConv` where it has any."""
     model = build_model(architecture)
     fill(model, seed=3)
-    deformable = [module for module in model.modules() if isinstance(module, DeformableConv2d)]
-    for module in deformable:
-        module.form = "native"
     logits = architecture.startswith("birefnet")
-    config = ToOnnxConfig(size, size, "logits" if logits else "probability", 19 if deformable else 17)
+    config = ToOnnxConfig(size, size, "logits" if logits else "probability")
     core = Core(export_core(model, config), size, size, batched=True)
     return build_serving(core, ServingConfig(*IMAGENET, sigmoid=logits, min_max=not logits))
 

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["resize", "static_size"]
+__all__ = ["constant", "resize", "static_dims", "static_size"]
+
+
+def constant(array: NDArray[Any]) -> Tensor:
+    """A tensor of numbers that follow from sizes; an exported graph has it as a constant.
+
+    What torch itself computes during an export would become part of the graph; what numpy computes does not.
+    """
+    with _silent_tracer():
+        return torch.from_numpy(array)
+
+
+def static_dims(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the batch as plain numbers; an exported graph has them as constants."""
+    with _silent_tracer():
+        return tuple(int(length) for length in x.shape[1:])
 
 
 def static_size(x: Tensor) -> tuple[int, int]:
-    """Height and width of an NCHW tensor as plain numbers; an exported graph has them as constants."""
-    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return x.shape[-2], x.shape[-1]
-    # The tracer warns that the numbers become constants. That is what is wanted: the size is fixed per exported model.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        return int(x.shape[-2]), int(x.shape[-1])
+    """Height and width of an NCHW tensor as plain numbers."""
+    _, height, width = static_dims(x)
+    return height, width
 
 
 def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
@@ -34,6 +49,17 @@ def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
     return F.interpolate(
         x, scale_factor=factors, mode="bilinear", align_corners=align_corners, recompute_scale_factor=False
     )
+
+
+@contextmanager
+def _silent_tracer() -> Iterator[None]:
+    """The tracer warns that numbers become constants, which is what is wanted: sizes are fixed per exported model."""
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        yield
 
 
 def _factor(target: int, length: int) -> float:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import resize, static_size
+from matteserve_export.models._ops import resize, static_dims, static_size
 from matteserve_export.models.deform_conv import DeformableConv2d
 from matteserve_export.models.pvt_v2 import PyramidVisionTransformer, pvt_v2_b2
 from matteserve_export.models.swin import SwinTransformer, swin_b, swin_l, swin_s, swin_t
@@ -145,7 +145,8 @@ class Decoder(nn.Module):
         # The head reads p1, resized, and the image's features: a 1x1 convolution may as well stand before the resize.
         head = self.conv_out1.get_submodule("0")
         assert isinstance(head, nn.Conv2d)
-        of_map, of_image = torch.split(head.weight, [p1.shape[1], head.in_channels - p1.shape[1]], 1)
+        channels, *_ = static_dims(p1)
+        of_map, of_image = torch.split(head.weight, [channels, head.in_channels - channels], 1)
         coarse = resize(F.conv2d(p1, of_map), static_size(image), align_corners=True)
         fine = F.conv2d(self.get_submodule("ipt_blk1")(image), of_image, head.bias)
         return coarse + fine
@@ -259,7 +260,7 @@ def stack_patches(image: Tensor, grid: int, order: PatchOrder) -> Tensor:
     Returns:
         Shape (B, C*grid*grid, H/grid, W/grid).
     """
-    channels, (height, width) = image.shape[1], static_size(image)
+    channels, height, width = static_dims(image)
     patches = image.reshape(-1, channels, grid, height // grid, grid, width // grid)
     axes = (0, 1, 2, 4, 3, 5) if order == "current" else (0, 4, 2, 1, 3, 5)
     return patches.permute(*axes).reshape(-1, channels * grid**2, height // grid, width // grid)

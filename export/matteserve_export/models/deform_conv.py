@@ -14,10 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import static_size
+from matteserve_export.models._ops import constant, static_dims, static_size
 
 __all__ = ["DeformConvForm", "DeformableConv2d", "deform_conv2d", "deform_conv2d_one_grid", "sampling_points"]
 
@@ -40,7 +39,7 @@ def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Te
         Shape (B, O, H, W).
     """
     height, width = static_size(x)
-    kernel = weight.shape[-1]
+    kernel = static_dims(weight)[-1]
     points = sampling_points(offset, kernel)
     out = x.new_zeros(x.shape[0], weight.shape[0], height * width)
     for tap in range(kernel * kernel):
@@ -65,9 +64,9 @@ def deform_conv2d_one_grid(x: Tensor, points: Tensor, mask: Tensor, weight: Tens
         Shape (B, O, H, W).
     """
     height, width = static_size(x)
-    kernel = weight.shape[-1]
+    kernel = static_dims(weight)[-1]
     if kernel == 1:
-        grid = points.squeeze(1).permute(0, 2, 3, 1)
+        grid = points.reshape(-1, 2, height, width).permute(0, 2, 3, 1)
     else:
         grid = points.reshape(-1, kernel, kernel, 2, height, width).permute(0, 4, 1, 5, 2, 3)
         grid = grid.reshape(-1, height * kernel, width * kernel, 2)
@@ -99,7 +98,6 @@ def _sample(x: Tensor, grid: Tensor) -> Tensor:
 
 def _point_constants(kernel: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Place of each tap (K*K, 2) in pixels, units per pixel (2,), points of the map (2, H, W); x first in each."""
-    # Made by numpy: what torch computes during an export would become part of the graph.
     y, x = np.mgrid[:kernel, :kernel] - kernel // 2
     shifts = np.stack((x.ravel(), y.ravel()), 1)
     scale = np.array((2 / width, 2 / height))
@@ -107,33 +105,29 @@ def _point_constants(kernel: int, height: int, width: int, device: torch.device)
     base[0] = (2 * np.arange(width) + 1) / width - 1
     base[1] = ((2 * np.arange(height) + 1) / height - 1)[:, None]
 
-    def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array.astype(np.float32)).to(device)
-
-    return tensor(shifts), tensor(scale), tensor(base)
+    shifts_, scale_, base_ = (constant(array.astype(np.float32)).to(device) for array in (shifts, scale, base))
+    return shifts_, scale_, base_
 
 
 class _NativeDeformConv(torch.autograd.Function):
     """`deform_conv2d`, exported as one ONNX `DeformConv`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, _: tuple[int, int]) -> Tensor:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # The exporter asks for a tensor of the right shape only.
+            return x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
         return deform_conv2d(x, offset, mask, weight)
 
     @staticmethod
-    def symbolic(g: Any, x: Any, offset: Any, mask: Any, weight: Any) -> Any:
-        kernel = weight.type().sizes()[-1]
-        no_bias = g.op("Constant", value_t=torch.zeros(weight.type().sizes()[0]))
-        out = g.op(
+    def symbolic(g: Any, x: Any, offset: Any, mask: Any, weight: Any, sizes: tuple[int, int]) -> Any:
+        out_channels, kernel = sizes
+        return g.op(
             "DeformConv",
-            *(x, weight, offset, no_bias, mask),
+            *(x, weight, offset, g.op("Constant", value_t=torch.zeros(out_channels)), mask),
             kernel_shape_i=[kernel, kernel],
             pads_i=[kernel // 2] * 4,
-            strides_i=[1, 1],
-            dilations_i=[1, 1],
         )
-        _, _, *size = x.type().sizes()
-        return out.setType(x.type().with_sizes([None, weight.type().sizes()[0], *size]))
 
 
 class DeformableConv2d(nn.Module):
@@ -158,7 +152,8 @@ class DeformableConv2d(nn.Module):
             return deform_conv2d_one_grid(x, self._predict_points(x), mask, weight)
         offset = self.offset_conv(x)
         if self.form == "native":
-            out: Tensor = _NativeDeformConv.apply(x, offset, mask, weight)  # type: ignore[no-untyped-call]
+            sizes = (self.regular_conv.out_channels, self.regular_conv.kernel_size[0])
+            out: Tensor = _NativeDeformConv.apply(x, offset, mask, weight, sizes)  # type: ignore[no-untyped-call]
             return out
         return deform_conv2d(x, offset, mask, weight)
 
@@ -169,7 +164,8 @@ class DeformableConv2d(nn.Module):
         shifts, scale, base = _point_constants(kernel, height, width, x.device)
         weight, bias = self.offset_conv.weight, self.offset_conv.bias
         assert bias is not None
-        weight = (weight.reshape(kernel**2, 2, -1).flip(1) * scale[:, None]).reshape(weight.shape)
-        bias = ((bias.reshape(kernel**2, 2).flip(1) + shifts) * scale).reshape(bias.shape)
+        # A roll of two is a swap: x first. (The exporter has no good word for `flip`.)
+        weight = (weight.reshape(kernel**2, 2, -1).roll(1, 1) * scale[:, None]).reshape(weight.shape)
+        bias = ((bias.reshape(kernel**2, 2).roll(1, 1) + shifts) * scale).reshape(bias.shape)
         points = F.conv2d(x, weight, bias, padding=kernel // 2)
         return points.reshape(-1, kernel**2, 2, height, width) + base

@@ -4,7 +4,8 @@ Paper: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer"
 https://arxiv.org/abs/2106.13797. Original repository: https://github.com/whai362/PVT (code Apache-2.0); names, shapes
 and order of the state dict are those of its checkpoints, without the classifier.
 
-What differs: the batch is never asked for its size, so that it stays symbolic in an exported graph.
+What differs: tokens of the whole batch are rows of one matrix. The batch is never asked for its size, so that it stays
+symbolic in an exported graph.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import static_size
+from matteserve_export.models._ops import static_dims, static_size
 
 __all__ = ["PyramidVisionTransformer", "pvt_v2_b2"]
 
@@ -31,10 +32,10 @@ class OverlapPatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """(B, C, H, W) to tokens (B, H*W, C) of the smaller map, and its size."""
+        """(B, C, H, W) to tokens (B*H*W, C) of the smaller map, and its size."""
         x = self.proj(x)
         height, width = static_size(x)
-        return self.norm(x.flatten(2).transpose(1, 2)), height, width
+        return self.norm(_to_tokens(x)), height, width
 
 
 class Attention(nn.Module):
@@ -53,17 +54,19 @@ class Attention(nn.Module):
             self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(B, H*W, C) in and out."""
-        tokens, channels = height * width, x.shape[2]
-        query = self.q(x).reshape(-1, tokens, self.heads, channels // self.heads).transpose(1, 2)
+        """(B*H*W, C) in and out."""
+        (channels,) = static_dims(x)
+        # The scale of the scores, applied to the weights that make the queries.
+        query = F.linear(x, self.q.weight * self.scale, self.q.bias * self.scale)
+        query = query.reshape(-1, height * width, self.heads, channels // self.heads).transpose(1, 2)
         if self.reduction > 1:
-            smaller = self.sr(_to_map(x, height, width)).flatten(2).transpose(1, 2)
-            x, tokens = self.norm(smaller), (height // self.reduction) * (width // self.reduction)
-        kv = self.kv(x).reshape(-1, tokens, 2, self.heads, channels // self.heads)
+            smaller = self.sr(_to_map(x, height, width))
+            height, width = static_size(smaller)
+            x = self.norm(_to_tokens(smaller))
+        kv = self.kv(x).reshape(-1, height * width, 2, self.heads, channels // self.heads)
         key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        scores = (query * self.scale) @ key.transpose(-2, -1)
-        attended = torch.softmax(scores, -1) @ value
-        out: Tensor = self.proj(attended.transpose(1, 2).reshape(-1, height * width, channels))
+        attended = torch.softmax(query @ key.transpose(-2, -1), -1) @ value
+        out: Tensor = self.proj(attended.transpose(1, 2).reshape(-1, channels))
         return out
 
 
@@ -75,9 +78,8 @@ class DepthwiseConv(nn.Module):
         self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(B, H*W, C) in and out."""
-        out: Tensor = self.dwconv(_to_map(x, height, width)).flatten(2).transpose(1, 2)
-        return out
+        """(B*H*W, C) in and out."""
+        return _to_tokens(self.dwconv(_to_map(x, height, width)))
 
 
 class Mlp(nn.Module):
@@ -105,7 +107,7 @@ class Block(nn.Module):
         self.mlp = Mlp(channels, ratio)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(B, H*W, C) in and out."""
+        """(B*H*W, C) in and out."""
         x = x + self.attn(self.norm1(x), height, width)
         out: Tensor = x + self.mlp(self.norm2(x), height, width)
         return out
@@ -164,8 +166,13 @@ class PyramidVisionTransformer(nn.Module):
 
 
 def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(B, H*W, C) to (B, C, H, W)."""
-    return tokens.transpose(1, 2).reshape(-1, tokens.shape[2], height, width)
+    """(B*H*W, C) to (B, C, H, W)."""
+    return tokens.reshape(-1, height, width, *static_dims(tokens)).permute(0, 3, 1, 2)
+
+
+def _to_tokens(map_: Tensor) -> Tensor:
+    """(B, C, H, W) to (B*H*W, C)."""
+    return map_.permute(0, 2, 3, 1).reshape(-1, static_dims(map_)[0])
 
 
 def pvt_v2_b2() -> PyramidVisionTransformer:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from matteserve_export.models._ops import static_size
+from matteserve_export.models._ops import constant, static_dims, static_size
 
 __all__ = ["SwinTransformer", "swin_b", "swin_l", "swin_s", "swin_t"]
 
@@ -33,11 +33,13 @@ class WindowPlan(NamedTuple):
     """How the tokens of a map are cut into windows; nW windows of N tokens.
 
     Attributes:
+        windows: nW.
         gather: Shape (nW*N,): token of the map at each place of each window; H*W means padding.
         scatter: Shape (H*W,): place among the windows of each token of the map.
         mask: Shape (nW, 1, N, N), added to the scores; None without a shift.
     """
 
+    windows: int
     gather: Tensor
     scatter: Tensor
     mask: Tensor | None
@@ -46,7 +48,6 @@ class WindowPlan(NamedTuple):
 @lru_cache(maxsize=16)
 def window_plan(height: int, width: int, window: int, shift: int) -> WindowPlan:
     """Plan for a map padded at the bottom and right to whole windows, then rolled by `shift` up and left."""
-    # numpy, as what torch computes during an export would become part of the graph.
     padded_height, padded_width = -(-height // window) * window, -(-width // window) * window
     tokens = np.full((padded_height, padded_width), height * width)
     tokens[:height, :width] = np.arange(height * width).reshape(height, width)
@@ -63,8 +64,8 @@ def window_plan(height: int, width: int, window: int, shift: int) -> WindowPlan:
         )
         region = _partition(3 * band_y[:, None] + band_x[None, :], window)
         apart = region[:, None, :, None] != region[:, None, None, :]
-        mask = torch.from_numpy(np.where(apart, np.float32(_MASKED), np.float32(0)))
-    return WindowPlan(torch.from_numpy(gather), torch.from_numpy(scatter[:-1].copy()), mask)
+        mask = constant(np.where(apart, np.float32(_MASKED), np.float32(0)))
+    return WindowPlan(gather.size // window**2, constant(gather), constant(scatter[:-1].copy()), mask)
 
 
 def _partition(grid: NDArray[Any], window: int) -> NDArray[Any]:
@@ -92,25 +93,30 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
-    def forward(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, windows: Tensor, plan: WindowPlan) -> Tensor:
         """Attend.
 
         Args:
             windows: Shape (B*nW*N, C).
-            mask: Shape (nW, 1, N, N), added to the scores, or None.
+            plan: How the windows were cut.
 
         Returns:
             Shape (B*nW*N, C).
         """
-        channels = windows.shape[1]
-        qkv = self.qkv(windows).reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
+        (channels,) = static_dims(windows)
+        # The scale of the scores, applied to the rows of the weights that make the queries.
+        weight, bias = (
+            torch.cat((entry[:channels] * self.scale, entry[channels:])) for entry in (self.qkv.weight, self.qkv.bias)
+        )
+        qkv = F.linear(windows, weight, bias).reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B*nW, heads, N, C/heads)
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.reshape(self.tokens, self.tokens, self.heads).permute(2, 0, 1)
-        scores = (query * self.scale) @ key.transpose(-2, -1) + bias
-        if mask is not None:
-            shape = (-1, *scores.shape[1:])
-            scores = (scores.reshape(-1, mask.shape[0], *shape[1:]) + mask).reshape(shape)
+        position = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
+        scores = query @ key.transpose(-2, -1)
+        scores = scores + position.reshape(self.tokens, self.tokens, self.heads).permute(2, 0, 1)
+        if plan.mask is not None:
+            shape = static_dims(scores)
+            scores = scores.reshape(-1, plan.windows, *shape) + plan.mask.to(scores.device)
+            scores = scores.reshape(-1, *shape)
         attended = torch.softmax(scores, -1) @ value
         out: Tensor = self.proj(attended.transpose(1, 2).reshape(-1, channels))
         return out
@@ -143,14 +149,13 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Shape (B*H*W, C) in and out."""
-        channels = x.shape[1]
+        (channels,) = static_dims(x)
         plan = window_plan(height, width, self.window, self.shift)
         # A row of zeros after the tokens of each image stands for the padding, which is not masked: it goes through
         # qkv.
         tokens = F.pad(self.norm1(x).reshape(-1, height * width, channels), (0, 0, 0, 1))
         windows = tokens.index_select(1, plan.gather.to(x.device)).reshape(-1, channels)
-        windows = self.attn(windows, None if plan.mask is None else plan.mask.to(x.device))
-        windows = windows.reshape(-1, plan.gather.shape[0], channels)
+        windows = self.attn(windows, plan).reshape(-1, plan.windows * self.window**2, channels)
         x = x + windows.index_select(1, plan.scatter.to(x.device)).reshape(-1, channels)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -166,7 +171,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """(B*H*W, C) to (B*ceil(H/2)*ceil(W/2), 2C)."""
-        channels = x.shape[1]
+        (channels,) = static_dims(x)
         half_height, half_width = -(-height // 2), -(-width // 2)
         x = x.reshape(-1, height, width, channels)
         if height % 2 or width % 2:
@@ -204,7 +209,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) to (B*H/4*W/4, C)."""
-        out: Tensor = self.norm(self.proj(x).permute(0, 2, 3, 1).flatten(0, 2))
+        tokens = self.proj(x).permute(0, 2, 3, 1).reshape(-1, self.proj.out_channels)
+        out: Tensor = self.norm(tokens)
         return out
 
 
