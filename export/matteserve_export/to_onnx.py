@@ -107,6 +107,8 @@ def _trace(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto:
             # newer one does not. Only its own announcement of retirement is silenced.
             warnings.filterwarnings("ignore", "You are using the legacy TorchScript-based ONNX", DeprecationWarning)
             warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
+            # It tries to fold even so, says what it cannot, and `clean_graph` does it.
+            warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
             torch.onnx.export(
                 model,
                 (torch.zeros(1, 3, config.height, config.width),),

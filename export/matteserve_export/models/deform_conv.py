@@ -164,8 +164,7 @@ class DeformableConv2d(nn.Module):
         shifts, scale, base = _point_constants(kernel, height, width, x.device)
         weight, bias = self.offset_conv.weight, self.offset_conv.bias
         assert bias is not None
-        # A roll of two is a swap: x first. (The exporter has no good word for `flip`.)
-        weight = (weight.reshape(kernel**2, 2, -1).roll(1, 1) * scale[:, None]).reshape(weight.shape)
-        bias = ((bias.reshape(kernel**2, 2).roll(1, 1) + shifts) * scale).reshape(bias.shape)
+        weight = (weight.reshape(kernel**2, 2, -1).flip(1) * scale[:, None]).reshape(weight.shape)
+        bias = ((bias.reshape(kernel**2, 2).flip(1) + shifts) * scale).reshape(bias.shape)
         points = F.conv2d(x, weight, bias, padding=kernel // 2)
         return points.reshape(-1, kernel**2, 2, height, width) + base

@@ -104,11 +104,10 @@ class WindowAttention(nn.Module):
             Shape (B*nW*N, C).
         """
         (channels,) = static_dims(windows)
-        # The scale of the scores, applied to the rows of the weights that make the queries.
-        weight, bias = (
-            torch.cat((entry[:channels] * self.scale, entry[channels:])) for entry in (self.qkv.weight, self.qkv.bias)
-        )
-        qkv = F.linear(windows, weight, bias).reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
+        # The scale of the scores is applied to the rows of the weights that make the queries.
+        scale = constant(np.repeat(np.array((self.scale, 1, 1), np.float32), channels)).to(windows.device)
+        qkv = F.linear(windows, self.qkv.weight * scale[:, None], self.qkv.bias * scale)
+        qkv = qkv.reshape(-1, self.tokens, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B*nW, heads, N, C/heads)
         position = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
         scores = query @ key.transpose(-2, -1)
