@@ -212,7 +212,9 @@ def preflight(config: BuildConfig) -> Preflight:
     if config.engine != "onnx":
         opt = config.opt_batch_size or min(4, largest)
         compiler = EngineConfig(config.engine, config.precision, opt, largest, config.options)
-        check_machine(compiler)
+        _, _, capabilities = check_machine(compiler)
+        options = replace(config.options, compute_capabilities=capabilities)
+        compiler = replace(compiler, options=options)
     precision = check_precision(config.precision)
     tolerance = tolerance_for(precision, contract.architecture)
     return Preflight(engine_name(config.model, contract), source, path, manifest, contract, compiler, tolerance)

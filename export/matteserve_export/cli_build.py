@@ -145,11 +145,11 @@ class _Progress:
         if self.live:
             if time.monotonic() >= self.due or done == total:
                 self.due = time.monotonic() + 0.1
-                click.echo(f"\r\x1b[K{phase} {done}/{total}", nl=False, err=True)
+                click.echo(f"\r\x1b[K{phase} {done}/{total}", nl=False, err=True, color=True)
         elif phase not in self.seen:
             self.seen.add(phase)
             click.echo(phase, err=True)
 
     def close(self) -> None:
         if self.live and self.due:
-            click.echo("\r\x1b[K", nl=False, err=True)
+            click.echo("\r\x1b[K", nl=False, err=True, color=True)

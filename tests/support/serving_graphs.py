@@ -30,8 +30,8 @@ def exported(architecture: str, size: int) -> onnx.ModelProto:
 
 
 def small(size: int = SIZE) -> onnx.ModelProto:
-    """The exporter's own wrap around two convolutions."""
-    torch.manual_seed(3)
+    """The exporter's own wrap around two convolutions; drawn so that no pixel of the test pictures lies at 0.5."""
+    torch.manual_seed(4)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), nn.Sigmoid()]
     core = export_core(nn.Sequential(*layers).eval(), ToOnnxConfig(size, size))
     return build_serving(Core(core, size, size, batched=True), ServingConfig(*IMAGENET, min_max=True))
