@@ -44,6 +44,12 @@ _ENTRIES = {
     "export": _Entry(
         "matteserve_export.cli:export", "Turn weights into a served model.", "export", ("onnx", "onnxruntime", "torch")
     ),
+    "build": _Entry(
+        "matteserve_export.cli_build:build",
+        "Make another precision, or a TensorRT plan.",
+        "export",
+        ("onnx", "onnxruntime"),
+    ),
     "verify": _Entry(
         "matteserve_export.cli_verify:verify",
         "Compare a model's engines with its FP32 one.",

@@ -5,12 +5,17 @@ The stages, each a function from artefact to artefact with a frozen configuratio
     checkpoint ──► torch ──► core ONNX ──► serving ONNX ──► comparison ──► model repository
     checkpoints    models    to_onnx       serving          compare        repository
 
-`matteserve_export.pipeline` chains them. Importing this package imports neither torch nor onnx.
+    serving ONNX ──► lowered ──► fp16, bf16, int8 ──► plan ──► comparison ──► model repository
+    (repository)     lowering    precision            engine   compare        repository
+
+`matteserve_export.pipeline` chains the first row, `matteserve_export.build` the second. Importing this
+package imports neither torch nor onnx.
 """
 
 from matteserve_export._errors import (
     CheckpointError,
     DownloadError,
+    EngineBuildError,
     ExportError,
     OnnxError,
     ParityError,
@@ -21,6 +26,7 @@ from matteserve_export._errors import (
 __all__ = [
     "CheckpointError",
     "DownloadError",
+    "EngineBuildError",
     "ExportError",
     "OnnxError",
     "ParityError",

@@ -6,6 +6,7 @@
     └── ExportError
         ├── CheckpointError (ValueError)   the weights cannot be read, or do not fit the architecture
         ├── OnnxError (ValueError)         the ONNX cannot be read, made or wrapped
+        ├── EngineBuildError               a plan cannot be compiled here, or not from this ONNX
         ├── ParityError                    a stage's result differs from the stage before it; nothing was published
         ├── PrecisionError (ValueError)    the ONNX cannot be brought to that precision
         ├── DownloadError                  the weights could not be fetched, or are not what they should be
@@ -29,6 +30,10 @@ class CheckpointError(ExportError, ValueError):
 
 class OnnxError(ExportError, ValueError):
     """An ONNX model cannot be read, exported or wrapped for serving."""
+
+
+class EngineBuildError(ExportError):
+    """A plan cannot be compiled on this machine, or not from this ONNX."""
 
 
 class ParityError(ExportError):

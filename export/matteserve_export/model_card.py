@@ -78,7 +78,9 @@ def _processing(size: Mapping[str, Any], weights: Weights) -> list[str]:
 
 def _comparisons(parity: list[Mapping[str, Any]]) -> str:
     rows = [
-        f"| {gate['name']} | {gate['max_abs']:.1e} | {gate['mean_abs']:.1e} | {gate['iou']:.4f} |" for gate in parity
+        f"| {gate['name']} | {gate['figures']['max_abs']:.1e} | {gate['figures']['mean_abs']:.1e} "
+        f"| {gate['figures']['iou']:.4f} |"
+        for gate in parity
     ]
     return "\n".join(["| Comparison | max abs | mean abs | IoU at 0.5 |", "| --- | --- | --- | --- |", *rows])
 

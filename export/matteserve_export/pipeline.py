@@ -12,23 +12,19 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import onnx
-import onnxruntime
-import onnxslim
 import torch
 from numpy.typing import NDArray
 
-from matteserve_client import ModelContract, __version__
+from matteserve_client import ModelContract
 from matteserve_export._errors import ExportError, RepositoryError
 from matteserve_export._files import digest
-from matteserve_export._session import Runner, make_runner
+from matteserve_export._session import make_runner
 from matteserve_export.checkpoints import load_into, read_state_dict
 from matteserve_export.compare import (
     EngineParity,
@@ -40,9 +36,11 @@ from matteserve_export.compare import (
     run_maps,
     watched_runner,
 )
+from matteserve_export.manifest import export_manifest, onnx_record
 from matteserve_export.model_card import model_card
 from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY, build_model
 from matteserve_export.models.birefnet import convert_patch_order
+from matteserve_export.precision import tolerance_for
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
 from matteserve_export.sizing import (
@@ -59,7 +57,6 @@ from matteserve_export.weights import PatchOrder, Weights
 __all__ = ["DeformConv", "ExportConfig", "ExportResult", "InputKind", "export_model"]
 
 _LOG = logging.getLogger(__name__)
-_MANIFEST_SCHEMA = 1
 _CONFORMANCE_SEED = 0
 
 InputKind = Literal["checkpoint", "onnx", "conformance"]
@@ -85,7 +82,7 @@ class ExportConfig:
         patch_order: BiRefNet checkpoints: overrides what the registry records.
         accept_non_commercial: Weights whose licence forbids commercial use are refused without it.
         batching: Dynamic batcher; None chooses by the cost of a picture.
-        instances: Instance group.
+        instances: Instance group; None takes one.
     """
 
     weights: Weights
@@ -100,7 +97,7 @@ class ExportConfig:
     patch_order: PatchOrder | None = None
     accept_non_commercial: bool = False
     batching: DynamicBatching | None = None
-    instances: InstanceGroup = field(default_factory=InstanceGroup)
+    instances: InstanceGroup | None = None
 
     def __post_init__(self) -> None:
         check_model_name(self.model)
@@ -212,8 +209,9 @@ def export_model(config: ExportConfig) -> ExportResult:
     serving = build_serving(core, wrap)
     del graph, core
     nodes = dict(count_nodes(serving).most_common())
-    opset = next(entry.version for entry in serving.opset_import if entry.domain in ("", "ai.onnx"))
     serialized = serving.SerializeToString(deterministic=True)
+    onnx_sha256 = sha256(serialized).hexdigest()
+    record = {**onnx_record(serving, onnx_sha256, len(serialized)), "nodes_by_type": nodes}
     run_serving = _remembering(watched_runner(serving))
     del serving
     parity.append(compare_serving(run_serving, reference_maps, images, wrap).require())
@@ -223,19 +221,11 @@ def export_model(config: ExportConfig) -> ExportResult:
     del run_serving
 
     cost = giga_macs(weights.architecture, contract.height, contract.width)
-    onnx_sha256 = sha256(serialized).hexdigest()
-    onnx_facts = {
-        "sha256": onnx_sha256,
-        "bytes": len(serialized),
-        "opset": opset,
-        "nodes": sum(nodes.values()),
-        "nodes_by_type": nodes,
-    }
-    manifest = _manifest(config, contract, onnx_facts, cost, parity)
+    manifest = _manifest(config, contract, record, cost, parity)
     engine = Engine(
         model=config.model,
         contract=contract,
-        onnx=serialized,
+        file=serialized,
         manifest=manifest,
         card=model_card(manifest, weights),
         batching=config.batching or default_batching(cost, max_batch_size),
@@ -422,49 +412,25 @@ def _licence(config: ExportConfig) -> str:
 def _manifest(
     config: ExportConfig,
     contract: ModelContract,
-    onnx_facts: Mapping[str, Any],
+    record: Mapping[str, Any],
     cost: float,
     parity: list[EngineParity],
 ) -> dict[str, Any]:
-    weights = config.weights
-    order = _patch_order(config)
-    return {
-        "schema_version": _MANIFEST_SCHEMA,
-        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": config.model,
-        "engine": contract.engine,
-        "precision": contract.precision,
-        "onnx": dict(onnx_facts),
-        "weights": {
-            "name": contract.weights,
-            "random": config.path is None,
-            "architecture": weights.architecture,
-            "source": config.kind,
-            "file": config.path.name if config.path is not None else None,
-            "sha256": contract.weights_sha256,
-            "licence": contract.weights_licence,
-            "code_licence": weights.code_licence,
-            "paper": weights.paper,
-            # The graph always has the current order; this is what the checkpoint was read as.
-            **({"patch_order": order, "patch_order_basis": _basis(config)} if order is not None else {}),
-        },
-        "input": {
-            "height": contract.height,
-            "width": contract.width,
-            "max_batch_size": contract.max_batch_size,
-            "mean": list(weights.mean),
-            "std": list(weights.std),
-            "sigmoid": weights.sigmoid,
-            "min_max": weights.min_max,
-        },
-        "giga_macs": round(cost, 1),
-        **({"deform_conv": config.deform_conv} if weights.has_patch_order and config.kind != "onnx" else {}),
-        "parity": [comparison.to_dict() for comparison in parity],
-        "producer": {
-            "matteserve": __version__,
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "onnxslim": onnxslim.__version__,
-        },
-    }
+    weights, order = config.weights, _patch_order(config)
+    manifest = export_manifest(
+        model=config.model,
+        contract=contract,
+        weights=weights,
+        kind=config.kind,
+        weights_file=config.path.name if config.path is not None else None,
+        record=record,
+        parity=[comparison.to_dict() for comparison in parity],
+        tolerance=tolerance_for("fp32", weights.architecture),
+    )
+    if order is not None:
+        # The graph always has the current order; this is what the checkpoint was read as.
+        manifest["weights"] |= {"patch_order": order, "patch_order_basis": _basis(config)}
+    if weights.has_patch_order and config.kind != "onnx":
+        manifest["deform_conv"] = config.deform_conv
+    manifest["giga_macs"] = round(cost, 1)
+    return manifest

@@ -1,16 +1,24 @@
-"""Stage serving ONNX → model repository: the engine's folder and the alias that clients call.
+"""Stage serving ONNX or plan → model repository: the engine's folder and the alias that clients call.
 
 ::
 
     model_repository/
       u2netp/config.pbtxt                    the alias: an ensemble with one step
+      u2netp/configs/cpu.pbtxt               the alias where there is no GPU: its step is an ONNX engine
       u2netp/1/.gitkeep                      Triton wants a version folder, git does not keep empty ones
       u2netp_onnx_fp32/config.pbtxt          the engine: batcher, queue, instances, warm-up, contract
       u2netp_onnx_fp32/MODEL_CARD.md         for people; Triton does not look at it
+      u2netp_onnx_fp32/configs/cpu.pbtxt     the same with KIND_CPU
       u2netp_onnx_fp32/1/model.onnx
       u2netp_onnx_fp32/1/manifest.json
+      u2netp_trt_fp16/config.pbtxt           another engine: CUDA graphs, pinned memory, a warm-up per batch size
+      u2netp_trt_fp16/1/model.plan           or model_sm89.plan, model_sm90.plan … where the fleet is mixed
+      u2netp_trt_fp16/1/manifest.json
 
-Both folders are written completely elsewhere on the same file system and then renamed, so that a reader finds the old
+`tritonserver --model-config-name=cpu` reads `configs/cpu.pbtxt` where a model has one, so one repository serves both
+kinds of machine.
+
+The folders are written completely elsewhere on the same file system and then renamed, so that a reader finds the old
 state or the new one, never half of it.
 """
 
@@ -23,7 +31,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,21 +40,28 @@ from tritonclient.grpc import model_config_pb2
 
 from matteserve_client import INPUT_NAME, OUTPUT_NAME, ModelContract
 from matteserve_export._errors import RepositoryError
+from matteserve_export._files import digest
 
 __all__ = [
     "DynamicBatching",
     "Engine",
+    "GpuOptions",
     "InstanceGroup",
     "alias_config",
     "check_model_name",
     "engine_config",
     "engine_name",
+    "model_filename",
+    "staging",
     "to_pbtxt",
     "write_model",
 ]
 
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _OWN_FILES = frozenset({"config.pbtxt", "1", "MODEL_CARD.md"})
+_CPU_CONFIG = Path("configs", "cpu.pbtxt")
+_CPU_ENGINE = "onnx", "fp32"  # what an alias falls back to where there is no GPU
+_BACKENDS = {"onnx": "onnxruntime", "trt": "tensorrt", "rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
@@ -88,36 +103,79 @@ class InstanceGroup:
 
 
 @dataclass(frozen=True)
+class GpuOptions:
+    """How a plan's requests reach the GPU. What the batcher does not use costs memory, so each can be switched off.
+
+    Attributes:
+        cuda_graphs: Capture one CUDA graph for each batch size in `Engine.batch_sizes`; other sizes run without.
+        output_copy_stream: Copy results on a stream of their own, while the next batch computes.
+        pinned_memory: Gather inputs and outputs in page-locked memory, from which copies run at full speed.
+    """
+
+    cuda_graphs: bool = True
+    output_copy_stream: bool = True
+    pinned_memory: bool = True
+
+
+@dataclass(frozen=True)
 class Engine:
     """One engine of a model, as the repository stores it.
 
     Attributes:
         model: Name that clients call; the engine's own name follows from it.
-        contract: What a client must know.
-        onnx: The serving graph, serialized.
-        manifest: Provenance and parity figures; written beside the graph.
+        contract: What a client must know. Its engine kind decides about backend and file name.
+        file: The serving graph or the plan. A path is moved into the repository, not read.
+        manifest: Provenance and parity figures; written beside it. Where it names the file's size and digest
+            (`manifest["file"]`), a file that differs is not published.
         card: Model card in Markdown; none is written if it is empty.
         batching: Dynamic batcher.
-        instances: Instance group.
+        instances: Instance group; None takes one, on the GPU for a plan.
         session_options: Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads them.
+        gpu: For plans only.
+        batch_sizes: Batch sizes to warm up, and to capture CUDA graphs for; 1 is always among them.
+        other_plans: For a mixed fleet: plans of the same engine for other GPUs, by compute capability ("8.9"). `file`
+            stays the one for every GPU that is not named.
     """
 
     model: str
     contract: ModelContract
-    onnx: bytes
+    file: bytes | Path
     manifest: Mapping[str, Any]
     card: str = ""
     batching: DynamicBatching = field(default_factory=DynamicBatching)
-    instances: InstanceGroup = field(default_factory=InstanceGroup)
+    instances: InstanceGroup | None = None
     session_options: Mapping[str, str] = field(default_factory=dict)
+    gpu: GpuOptions = field(default_factory=GpuOptions)
+    batch_sizes: tuple[int, ...] = (1,)
+    other_plans: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_model_name(self.model)
+        if self.contract.engine not in _BACKENDS:
+            raise RepositoryError(
+                f"no backend serves engine kind {self.contract.engine!r}; allowed are {', '.join(_BACKENDS)}"
+            )
+        largest = self.contract.max_batch_size
+        for batch in self.batch_sizes:
+            if not 1 <= batch <= largest:
+                raise RepositoryError(f"batch size {batch} to warm up is not between 1 and max_batch_size, {largest}")
+        for capability in self.other_plans:
+            if self.contract.engine != "trt" or not re.fullmatch(r"\d{1,2}\.\d", capability):
+                raise RepositoryError(
+                    f"plan for compute capability {capability!r} of engine kind {self.contract.engine!r}: Triton "
+                    'chooses among plans of kind trt only, by capabilities such as "8.9"'
+                )
 
     @property
     def name(self) -> str:
         """`<model>_<engine>_<precision>`."""
         return engine_name(self.model, self.contract)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, or files."""
+        own = len(self.file) if isinstance(self.file, bytes) else self.file.stat().st_size
+        return own + sum(path.stat().st_size for path in self.other_plans.values())
 
 
 def check_model_name(name: str) -> str:
@@ -138,37 +196,76 @@ def engine_name(model: str, contract: ModelContract) -> str:
     return f"{model}_{contract.engine}_{contract.precision}"
 
 
-def engine_config(engine: Engine) -> Any:
-    """The engine's `inference.ModelConfig`."""
-    batching, instances = engine.batching, engine.instances
+def model_filename(engine: str, compute_capability: str = "") -> str:
+    """Name of an engine's file: `model.onnx`, `model.plan`, or `model_sm89.plan` for one GPU of a mixed fleet."""
+    suffix = "onnx" if engine == "onnx" else "plan"
+    return f"model_sm{compute_capability.replace('.', '')}.{suffix}" if compute_capability else f"model.{suffix}"
+
+
+def engine_config(engine: Engine, *, cpu: bool = False) -> Any:
+    """The engine's `inference.ModelConfig`, or with `cpu` its variant for a machine without a GPU."""
+    kind = engine.contract.engine
     config = _base_config(engine.name, engine.contract)
-    config.backend = "onnxruntime"
-    config.default_model_filename = "model.onnx"
+    config.backend = _BACKENDS[kind]
+    if kind == "trt":
+        config.platform = "tensorrt_plan"
+    config.default_model_filename = model_filename(kind)
+    for capability in sorted(engine.other_plans):
+        config.cc_model_filenames[capability] = model_filename(kind, capability)
     config.version_policy.latest.num_versions = 1
     for key, value in engine.session_options.items():
         config.parameters[key].string_value = value
+    instances = engine.instances or InstanceGroup(kind="KIND_AUTO" if kind == "onnx" else "KIND_GPU")
     config.instance_group.add(
-        count=instances.count, kind=model_config_pb2.ModelInstanceGroup.Kind.Value(instances.kind)
+        count=instances.count,
+        kind=model_config_pb2.ModelInstanceGroup.Kind.Value("KIND_CPU" if cpu else instances.kind),
     )
+    _add_batching(config, engine.batching)
+    sizes = sorted({1, *engine.batch_sizes})
+    if kind != "onnx":
+        _add_gpu_options(config, engine.gpu, engine.contract, sizes)
+    for batch in sizes:
+        # Black pictures: they load the kernels, and capture the CUDA graphs, before the model counts as ready. The
+        # first is also what the supervisor's probe sends.
+        name = "one_black_image" if batch == 1 else f"{batch}_black_images"
+        warmup = config.model_warmup.add(name=name, batch_size=batch, count=1)
+        warmup.inputs[INPUT_NAME].data_type = model_config_pb2.TYPE_UINT8
+        warmup.inputs[INPUT_NAME].dims.extend(engine.contract.input_shape)
+        warmup.inputs[INPUT_NAME].zero_data = True
+    return config
+
+
+def _add_batching(config: Any, batching: DynamicBatching) -> None:
     config.dynamic_batching.max_queue_delay_microseconds = batching.max_queue_delay_us
     policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = batching.default_queue_timeout_us
     policy.allow_timeout_override = True
     policy.max_queue_size = batching.max_queue_size
-    # One black picture: it loads the kernels before the model counts as ready, and the supervisor's probe reads it.
-    warmup = config.model_warmup.add(name="one_black_image", batch_size=1, count=1)
-    warmup.inputs[INPUT_NAME].data_type = model_config_pb2.TYPE_UINT8
-    warmup.inputs[INPUT_NAME].dims.extend(engine.contract.input_shape)
-    warmup.inputs[INPUT_NAME].zero_data = True
-    return config
 
 
-def alias_config(engine: Engine) -> Any:
-    """The alias' `inference.ModelConfig`: an ensemble with one step, the engine."""
-    config = _base_config(engine.model, engine.contract)
+def _add_gpu_options(config: Any, gpu: GpuOptions, contract: ModelContract, batch_sizes: Sequence[int]) -> None:
+    optimization = config.optimization
+    optimization.input_pinned_memory.enable = gpu.pinned_memory
+    optimization.output_pinned_memory.enable = gpu.pinned_memory
+    optimization.cuda.output_copy_stream = gpu.output_copy_stream
+    optimization.cuda.graphs = gpu.cuda_graphs
+    if gpu.cuda_graphs:
+        # Named sizes only, and no lower bounds: a larger graph for a smaller batch would compute rows that nobody set.
+        for batch in batch_sizes:
+            graph = optimization.cuda.graph_spec.add(batch_size=batch)
+            graph.input[INPUT_NAME].dim.extend(contract.input_shape)
+
+
+def alias_config(engine: Engine, *, cpu: bool = False) -> Any:
+    """The alias' `inference.ModelConfig`: an ensemble with one step, the engine, or with `cpu` the ONNX engine."""
+    contract = engine.contract
+    if cpu:
+        kind, precision = _CPU_ENGINE
+        contract = replace(contract, engine=kind, precision=precision)
+    config = _base_config(engine.model, contract)
     config.platform = "ensemble"
-    step = config.ensemble_scheduling.step.add(model_name=engine.name, model_version=-1)
+    step = config.ensemble_scheduling.step.add(model_name=engine_name(engine.model, contract), model_version=-1)
     step.input_map[INPUT_NAME] = INPUT_NAME
     step.output_map[OUTPUT_NAME] = OUTPUT_NAME
     return config
@@ -179,45 +276,89 @@ def to_pbtxt(config: Any) -> str:
     return str(text_format.MessageToString(config))
 
 
-def write_model(repository: Path, engine: Engine) -> tuple[Path, Path]:
-    """Write an engine and its alias; replace what an earlier export wrote.
+def write_model(repository: Path, engine: Engine, *, alias: bool = True) -> tuple[Path, Path]:
+    """Write an engine, and its alias; replace what an earlier export or build wrote.
 
-    What else lies in the folders (`configs/` per machine, for example) is kept.
+    What else lies in the folders (notes, `configs/` of your own) is kept.
 
     Args:
         repository: Triton's model repository; made if it does not exist.
-        engine: What to write.
+        engine: What to write. Files that it names by path are gone afterwards.
+        alias: Write the alias, too. Without, clients keep the engine that they have until the alias is switched.
 
     Returns:
         Folders of the engine and of the alias.
 
     Raises:
-        RepositoryError: A folder of that name belongs to somebody else, or the disk is full or not writable. The
-            repository is then as it was.
+        RepositoryError: A folder of that name belongs to somebody else, the file is not the one that the manifest
+            describes, or the disk is full or not writable. The repository is then as it was.
     """
     engine_path, alias_path = repository / engine.name, repository / engine.model
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        for path in (engine_path, alias_path):
+        for path in (engine_path, alias_path) if alias else (engine_path,):
             _refuse_foreign(path)
-        with _staging(repository) as staging:
-            staged_engine = _stage(staging / engine.name, engine_path, engine_config(engine))
-            (staged_engine / "1" / "model.onnx").write_bytes(engine.onnx)
-            manifest = json.dumps(engine.manifest, indent=2, sort_keys=True, ensure_ascii=False)
-            (staged_engine / "1" / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+        with staging(repository) as folder:
+            staged_engine = _stage(folder / engine.name, engine_path, engine_config(engine))
+            if engine.contract.engine == "onnx":
+                _write_cpu_config(staged_engine, engine_config(engine, cpu=True))
+            _write_files(engine, staged_engine / "1")
             if engine.card:
                 (staged_engine / "MODEL_CARD.md").write_text(engine.card, encoding="utf-8")
-            staged_alias = _stage(staging / engine.model, alias_path, alias_config(engine))
-            (staged_alias / "1" / ".gitkeep").touch()
-            _flush(staging)
             # The engine first: an alias must never point at nothing.
-            _replace_all([(staged_engine, engine_path), (staged_alias, alias_path)], staging)
+            moves = [(staged_engine, engine_path)]
+            if alias:
+                staged_alias = _stage(folder / engine.model, alias_path, alias_config(engine))
+                _write_cpu_config(staged_alias, alias_config(engine, cpu=True))
+                (staged_alias / "1" / ".gitkeep").touch()
+                moves.append((staged_alias, alias_path))
+            _flush(folder)
+            _replace_all(moves, folder)
     except OSError as exc:
         raise RepositoryError(
             f"{repository}: cannot write model {engine.model!r}: {exc.strerror or exc}; the repository is as it was. "
-            f"Needed are {len(engine.onnx) / 2**20:.0f} MiB of disk and the right to write there"
+            f"Needed are {_mebibytes(engine)} of disk and the right to write there"
         ) from exc
     return engine_path, alias_path
+
+
+def _mebibytes(engine: Engine) -> str:
+    try:
+        return f"{engine.size / 2**20:.0f} MiB"
+    except OSError:  # a file that was named by path is not there
+        return "the size of the plan"
+
+
+def _write_files(engine: Engine, folder: Path) -> None:
+    """Write or move the engine's files, and the manifest; check them against it."""
+    kind = engine.contract.engine
+    path = folder / model_filename(kind)
+    if isinstance(engine.file, bytes):
+        path.write_bytes(engine.file)
+    else:
+        shutil.move(engine.file, path)  # a rename on the same file system
+    for capability, plan in engine.other_plans.items():
+        shutil.move(plan, folder / model_filename(kind, capability))
+    wanted = engine.manifest.get("file")
+    if wanted is not None:
+        found = {"name": path.name, "bytes": path.stat().st_size, "sha256": digest(path, "sha256")}
+        if found != {key: wanted.get(key) for key in found}:
+            raise RepositoryError(
+                f"{path.name} of {engine.name} is not the file that its manifest describes: found {found['bytes']} "
+                f"bytes, {found['sha256']}, expected {wanted.get('bytes')} bytes, sha256 {wanted.get('sha256')}: "
+                "it is cut short, or another engine's; nothing was published. Build it again"
+            )
+    manifest = json.dumps(engine.manifest, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+
+
+def _write_cpu_config(staged: Path, config: Any) -> None:
+    """Write `configs/cpu.pbtxt`, unless somebody wrote one by hand."""
+    path = staged / _CPU_CONFIG
+    if path.exists() and not _is_ours(path):
+        return
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(to_pbtxt(config), encoding="utf-8")
 
 
 def _base_config(name: str, contract: ModelContract) -> Any:
@@ -234,19 +375,24 @@ def _refuse_foreign(path: Path) -> None:
     """Raise if the folder exists and was not written by an export."""
     if not path.exists() and not path.is_symlink():
         return
-    config = model_config_pb2.ModelConfig()
-    try:
-        text_format.Parse((path / "config.pbtxt").read_text(encoding="utf-8"), config)
-    except (OSError, UnicodeDecodeError, text_format.ParseError):
-        config.Clear()
-    if path.is_symlink() or not any(key.startswith("matteserve.") for key in config.parameters):
+    if path.is_symlink() or not _is_ours(path / "config.pbtxt"):
         raise RepositoryError(
             f"{path} exists and was not written by `matteserve export`; remove it, or choose another name with --name"
         )
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a configuration carries a contract."""
+    config = model_config_pb2.ModelConfig()
+    try:
+        text_format.Parse(path.read_text(encoding="utf-8"), config)
+    except (OSError, UnicodeDecodeError, text_format.ParseError):
+        return False
+    return any(key.startswith("matteserve.") for key in config.parameters)
+
+
 @contextmanager
-def _staging(repository: Path) -> Iterator[Path]:
+def staging(repository: Path) -> Iterator[Path]:
     """A temporary folder on the repository's file system.
 
     It lies beside the repository where that is possible, because Triton takes every folder inside for a model.
@@ -254,11 +400,11 @@ def _staging(repository: Path) -> Iterator[Path]:
     parent = repository.resolve().parent
     if parent.stat().st_dev != repository.stat().st_dev or not os.access(parent, os.W_OK):
         parent = repository
-    staging = Path(tempfile.mkdtemp(prefix=".matteserve-export-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=".matteserve-export-", dir=parent))
     try:
-        yield staging
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stage(staged: Path, current: Path, config: Any) -> Path:
@@ -287,11 +433,11 @@ def _flush(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _replace_all(moves: Sequence[tuple[Path, Path]], staging: Path) -> None:
+def _replace_all(moves: Sequence[tuple[Path, Path]], aside: Path) -> None:
     """Move staged folders to their places, all of them or none: what was there before comes back after a failure."""
     with ExitStack() as undo:
         for number, (staged, target) in enumerate(moves):
-            old = staging / f"old{number}"
+            old = aside / f"old{number}"
             if target.exists():
                 target.rename(old)
                 undo.callback(old.rename, target)

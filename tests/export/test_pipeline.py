@@ -81,7 +81,9 @@ def test_from_a_checkpoint_to_the_repository(
     assert manifest["weights"]["sha256"] == weights_sha256
     # The registry knows the released file's digest, and this is another file.
     assert manifest["weights"]["licence"] == "unknown"
-    assert (manifest["schema_version"], manifest["engine"], manifest["precision"]) == (1, "onnx", "fp32")
+    assert (manifest["schema_version"], manifest["engine"], manifest["precision"]) == (2, "onnx", "fp32")
+    assert manifest["file"] == {"name": "model.onnx", "sha256": result.onnx_sha256, "bytes": len(graph)}
+    assert (manifest["builder"], "source" in manifest) == (None, False)
     assert [gate["passed"] for gate in manifest["parity"]] == [True] * 3
     assert manifest["producer"]["torch"] == torch.__version__
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -18,6 +22,7 @@ from matteserve_export import RepositoryError
 from matteserve_export.repository import (
     DynamicBatching,
     Engine,
+    GpuOptions,
     InstanceGroup,
     alias_config,
     check_model_name,
@@ -42,17 +47,92 @@ def engine() -> Engine:
         weights_sha256="ab" * 32,
         weights_licence="Apache-2.0",
     )
-    return Engine("u2netp", contract, onnx=b"not really a graph", manifest={"schema_version": 1, "note": "ü"})
+    return Engine("u2netp", contract, file=b"not really a graph", manifest={"schema_version": 1, "note": "ü"})
 
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize(("build", "golden"), [(engine_config, "engine.pbtxt"), (alias_config, "alias.pbtxt")])
-def test_golden_configuration(engine: Engine, build: object, golden: str) -> None:
-    """After a wanted change: `python -m pytest tests/export/test_repository.py` shows the difference to take over."""
-    assert to_pbtxt(build(engine)) == (GOLDEN / golden).read_text(encoding="utf-8")
+@pytest.fixture
+def plan(engine: Engine) -> Engine:
+    """A TensorRT engine of the same model, for a mixed fleet."""
+    contract = dataclasses.replace(engine.contract, engine="trt", precision="fp16")
+    plans = {"8.9": Path("built-on-an-l4.plan"), "12.0": Path("built-on-a-5090.plan")}
+    return dataclasses.replace(
+        engine, contract=contract, file=b"not really a plan", batch_sizes=(1, 4, 8), other_plans=plans
+    )
+
+
+@pytest.mark.parametrize(
+    ("golden", "build"),
+    [
+        ("engine.pbtxt", lambda engine, plan: engine_config(engine)),
+        ("engine_cpu.pbtxt", lambda engine, plan: engine_config(engine, cpu=True)),
+        ("engine_trt.pbtxt", lambda engine, plan: engine_config(plan)),
+        ("alias.pbtxt", lambda engine, plan: alias_config(engine)),
+        ("alias_trt.pbtxt", lambda engine, plan: alias_config(plan)),
+        ("alias.pbtxt", lambda engine, plan: alias_config(plan, cpu=True)),  # without a GPU it is the ONNX one again
+    ],
+)
+def test_golden_configuration(
+    engine: Engine, plan: Engine, golden: str, build: Callable[[Engine, Engine], Any]
+) -> None:
+    """After a wanted change: `UPDATE_GOLDEN=1 python -m pytest tests/export/test_repository.py`, then read the diff."""
+    text, path = to_pbtxt(build(engine, plan)), GOLDEN / golden
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+    assert to_pbtxt(text_format.Parse(text, model_config_pb2.ModelConfig())) == text
+
+
+def test_a_plan_gets_what_a_gpu_needs(plan: Engine) -> None:
+    config = engine_config(plan)
+    assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
+    assert config.default_model_filename == "model.plan"
+    assert dict(config.cc_model_filenames) == {"8.9": "model_sm89.plan", "12.0": "model_sm120.plan"}
+    assert [group.kind for group in config.instance_group] == [model_config_pb2.ModelInstanceGroup.KIND_GPU]
+    cuda = config.optimization.cuda
+    graphs = [(graph.batch_size, list(graph.input["image"].dim)) for graph in cuda.graph_spec]
+    assert graphs == [(1, [320, 320, 3]), (4, [320, 320, 3]), (8, [320, 320, 3])]
+    assert not any(graph.HasField("graph_lower_bound") for graph in cuda.graph_spec)
+    assert (cuda.graphs, cuda.output_copy_stream) == (True, True)
+    assert config.optimization.input_pinned_memory.enable
+    assert config.optimization.output_pinned_memory.enable
+    assert [sample.batch_size for sample in config.model_warmup] == [1, 4, 8]
+
+
+def test_what_a_gpu_needs_can_be_switched_off(plan: Engine) -> None:
+    gpu = GpuOptions(cuda_graphs=False, output_copy_stream=False, pinned_memory=False)
+    optimization = engine_config(dataclasses.replace(plan, gpu=gpu)).optimization
+    assert (optimization.cuda.graphs, optimization.cuda.output_copy_stream) == (False, False)
+    assert not optimization.cuda.graph_spec
+    # Pinned memory is on where nothing is said, so "off" must be said.
+    assert optimization.HasField("input_pinned_memory")
+    assert not optimization.input_pinned_memory.enable
+
+
+def test_an_rtx_plan_is_not_one_of_tensorrt(plan: Engine) -> None:
+    contract = dataclasses.replace(plan.contract, engine="rtx")
+    config = engine_config(dataclasses.replace(plan, contract=contract, other_plans={}))
+    assert (config.backend, config.platform, config.default_model_filename) == ("tensorrt_rtx", "", "model.plan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sizes": (1, 9)}, "batch size 9 to warm up is not between 1 and max_batch_size, 8"),
+        ({"batch_sizes": (0,)}, "batch size 0 to warm up"),
+        ({"other_plans": {"sm89": Path("x")}}, "plan for compute capability 'sm89'"),
+        ({"engine": "rtx"}, "'8.9' of engine kind 'rtx': Triton chooses among plans of kind trt only"),
+        ({"engine": "ncnn"}, "no backend serves engine kind 'ncnn'; allowed are onnx, trt, rtx"),
+    ],
+)
+def test_unusable_plans(plan: Engine, changes: dict[str, Any], message: str) -> None:
+    if "engine" in changes:
+        changes = {"contract": dataclasses.replace(plan.contract, **changes)}
+    with pytest.raises(RepositoryError, match=message):
+        dataclasses.replace(plan, **changes)
 
 
 def test_the_client_reads_the_contract_back(engine: Engine) -> None:
@@ -98,32 +178,96 @@ def test_what_is_written(engine: Engine, tmp_path: Path) -> None:
     assert sorted(_files(repository)) == [
         "u2netp/1/.gitkeep",
         "u2netp/config.pbtxt",
+        "u2netp/configs/cpu.pbtxt",
         "u2netp_onnx_fp32/1/manifest.json",
         "u2netp_onnx_fp32/1/model.onnx",
         "u2netp_onnx_fp32/config.pbtxt",
+        "u2netp_onnx_fp32/configs/cpu.pbtxt",
     ]
-    assert (engine_path / "1" / "model.onnx").read_bytes() == engine.onnx
+    assert (engine_path / "1" / "model.onnx").read_bytes() == engine.file
     assert json.loads((engine_path / "1" / "manifest.json").read_text(encoding="utf-8")) == engine.manifest
     assert [child.name for child in repository.parent.iterdir()] == ["model_repository"]  # no staging left
+
+
+def _on_disk(plan: Engine, folder: Path) -> Engine:
+    """The mixed-fleet engine with its plans as files, and a manifest that describes the first."""
+    folder.mkdir()
+    paths = [folder / name for name in ("model", "sm89", "sm120")]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 1000)
+    described = {"name": "model.plan", "bytes": 5000, "sha256": sha256(paths[0].read_bytes()).hexdigest()}
+    other = {"8.9": paths[1], "12.0": paths[2]}
+    return dataclasses.replace(plan, file=paths[0], other_plans=other, manifest={"file": described})
+
+
+def test_a_plan_is_moved_and_the_alias_left_alone(engine: Engine, plan: Engine, tmp_path: Path) -> None:
+    repository = tmp_path / "r"
+    _, alias_path = write_model(repository, engine)
+    before = _files(alias_path)
+    built = _on_disk(plan, tmp_path / "built")
+    engine_path, _ = write_model(repository, built, alias=False)
+    assert engine_path == repository / "u2netp_trt_fp16"
+    files = _files(engine_path)
+    assert sorted(files) == [
+        "1/manifest.json",
+        "1/model.plan",
+        "1/model_sm120.plan",
+        "1/model_sm89.plan",
+        "config.pbtxt",
+    ]
+    assert files["1/model_sm89.plan"] == b"sm89" * 1000
+    assert not list((tmp_path / "built").iterdir())
+    assert _files(alias_path) == before
+    # A build without an alias makes none.
+    write_model(tmp_path / "other", _on_disk(plan, tmp_path / "again"), alias=False)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["u2netp_trt_fp16"]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another engine's", "none"])
+def test_a_file_that_is_not_what_the_manifest_says_is_not_published(plan: Engine, tmp_path: Path, damage: str) -> None:
+    repository = tmp_path / "r"
+    write_model(repository, _on_disk(plan, tmp_path / "first"), alias=False)
+    before = _files(repository)
+    built = _on_disk(plan, tmp_path / "second")
+    assert isinstance(built.file, Path)
+    if damage == "cut short":
+        built.file.write_bytes(built.file.read_bytes()[:4000])
+        message = (
+            r"model.plan of u2netp_trt_fp16 is not the file .* found 4000 bytes.*expected 5000 bytes.*; nothing was"
+        )
+    elif damage == "another engine's":
+        built.file.write_bytes(b"other" * 1000)
+        message = "or another engine's; nothing was published. Build it again"
+    else:
+        built.file.unlink()
+        message = "cannot write model 'u2netp': No such file or directory; the repository is as it was"
+    with pytest.raises(RepositoryError, match=message):
+        write_model(repository, built, alias=False)
+    assert _files(repository) == before
 
 
 def test_a_new_export_replaces_and_keeps_what_is_not_ours(engine: Engine, tmp_path: Path) -> None:
     engine_path, alias_path = write_model(tmp_path / "r", engine)
     for path in (engine_path, alias_path):
-        (path / "configs").mkdir()
         (path / "configs" / "cpu.pbtxt").write_text("# mine")
         (path / "NOTES.txt").write_text("mine too")
-    write_model(tmp_path / "r", dataclasses.replace(engine, onnx=b"new"))
+    write_model(tmp_path / "r", dataclasses.replace(engine, file=b"new"))
     for path in (engine_path, alias_path):
         assert (path / "configs" / "cpu.pbtxt").read_text() == "# mine"
         assert (path / "NOTES.txt").read_text() == "mine too"
     assert (engine_path / "1" / "model.onnx").read_bytes() == b"new"
 
 
+def test_a_new_export_replaces_the_cpu_variant_that_is_ours(engine: Engine, tmp_path: Path) -> None:
+    engine_path, _ = write_model(tmp_path / "r", engine)
+    write_model(tmp_path / "r", dataclasses.replace(engine, batching=DynamicBatching(max_queue_size=7)))
+    assert "max_queue_size: 7" in (engine_path / "configs" / "cpu.pbtxt").read_text()
+
+
 def test_a_reader_never_finds_half_a_model(engine: Engine, tmp_path: Path) -> None:
     """A reader that looks all the time finds one whole graph or another, or for an instant no folder."""
     repository = tmp_path / "r"
-    write_model(repository, dataclasses.replace(engine, onnx=b"0" * 100_000, manifest={}))
+    write_model(repository, dataclasses.replace(engine, file=b"0" * 100_000, manifest={}))
     mixed: list[str] = []
     seen: set[bytes] = set()
     stop = threading.Event()
@@ -143,7 +287,7 @@ def test_a_reader_never_finds_half_a_model(engine: Engine, tmp_path: Path) -> No
     try:
         for turn in range(30):
             fill = str(turn % 10)
-            write_model(repository, dataclasses.replace(engine, onnx=fill.encode() * 100_000, manifest={}))
+            write_model(repository, dataclasses.replace(engine, file=fill.encode() * 100_000, manifest={}))
     finally:
         stop.set()
         reader.join()
@@ -197,7 +341,7 @@ def test_a_move_that_fails_is_undone(
 
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(RepositoryError, match="Input/output error; the repository is as it was"):
-        write_model(repository, dataclasses.replace(engine, onnx=b"new"))
+        write_model(repository, dataclasses.replace(engine, file=b"new"))
     assert _files(tmp_path) == before
 
 
