@@ -69,7 +69,7 @@ class Repository:
                 f"model repository {path} is not a directory; make one with `matteserve export`, or name another with "
                 "--model-repository"
             )
-        models = {folder.name: _read_model(folder) for folder in sorted(path.iterdir()) if _is_model_folder(folder)}
+        models = {folder.name: read_model(folder) for folder in sorted(path.iterdir()) if _is_model_folder(folder)}
         if not models:
             raise RepositoryError(
                 f"model repository {path} has no models (no folder with a config.pbtxt); add one with "
@@ -123,7 +123,12 @@ def _is_model_folder(folder: Path) -> bool:
     return folder.is_dir() and (folder / "config.pbtxt").is_file()
 
 
-def _read_model(folder: Path) -> RepositoryModel:
+def read_model(folder: Path) -> RepositoryModel:
+    """Read one model's folder.
+
+    Raises:
+        RepositoryError: Its `config.pbtxt` cannot be parsed, or names another model.
+    """
     path = folder / "config.pbtxt"
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
