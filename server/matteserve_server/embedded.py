@@ -19,6 +19,7 @@ from matteserve_server._errors import ResourceError, StartError
 from matteserve_server.backend_directory import compose_backend_directory
 from matteserve_server.binary import TritonBinary, find_tritonserver
 from matteserve_server.control import Control
+from matteserve_server.machine import this_machine
 from matteserve_server.options import ServerOptions
 from matteserve_server.process import TritonProcess
 from matteserve_server.repository import Repository
@@ -41,7 +42,8 @@ class EmbeddedServer:
 
     Raises:
         TritonNotFoundError: (on start) No `tritonserver` on this machine.
-        RepositoryError: (on start) The repository is missing or broken, or a model is not in it.
+        RepositoryError: (on start) The repository is missing or broken, a model is not in it, or
+            (`EngineMismatchError`) a plan was built for another TensorRT or GPU.
         ResourceError: (on start) A port is taken, or /dev/shm is too small.
         StartError: (on start) The server ended, or a model did not load.
     """
@@ -93,6 +95,8 @@ class EmbeddedServer:
         models = self.options.models or tuple(repository.default_models())
         repository.check(models)
         binary = find_tritonserver(self.options.tritonserver)
+        if repository.plans_of(models):
+            repository.check(models, this_machine(native_backends=binary.wheel_root is None))
         if stale := shared_memory.remove_stale_regions():
             logger.info("removed %d shared-memory regions of servers that were killed", len(stale))
         if binary.wheel_root is not None:

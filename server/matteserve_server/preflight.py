@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def check_machine(folder: Path, config: Any, machine: Machine) -> None:
         if manifest is None or manifest.builder is None:
             logger.warning("%s has no manifest that says what it was built for; it may not load", version)
             continue
-        if reason := unfit(manifest.builder, config.backend or "tensorrt", machine):
+        # For a mixed fleet the folder has plans for other GPUs, which Triton's own backend chooses among.
+        capabilities = (*manifest.builder.compute_capabilities, *config.cc_model_filenames)
+        builder = replace(manifest.builder, compute_capabilities=capabilities)
+        if reason := unfit(builder, config.backend or "tensorrt", machine):
             raise EngineMismatchError(
                 f"engine {folder.name!r} {reason}: build it for this machine with "
                 f"`{_rebuild_command(config, manifest.precision)}`"

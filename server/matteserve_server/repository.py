@@ -14,7 +14,9 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from matteserve_server import preflight
 from matteserve_server._errors import RepositoryError, UnknownModelError
+from matteserve_server.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,19 @@ class Repository:
         aliases = [name for name, model in self.models.items() if model.is_alias]
         return aliases or list(self.models)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], machine: Machine | None = None) -> None:
         """Check that models can be loaded: they exist, their parts exist, and engines have a version with a file.
+
+        Args:
+            names: Aliases and engines.
+            machine: Where they are to run, for plans, which fit only what they were built for; None does not ask.
 
         Raises:
             UnknownModelError: A name, or a part of an alias, is not in the repository.
             RepositoryError: An engine has no version folder with a model file.
+            EngineMismatchError: A plan is not the file that was built, or was built for another machine.
         """
+        names = list(names)
         for name in names:
             if name not in self.models:
                 raise UnknownModelError(f"no model {name!r} in {self.path}; it has {', '.join(self.models)}")
@@ -100,11 +108,19 @@ class Repository:
                 )
             for part in (model, *(self.models[step] for step in model.steps)):
                 self._check_files(part)
+        if machine is not None:
+            for engine in self.plans_of(names):
+                preflight.check_files(self.path / engine.name, engine.config)
+                preflight.check_machine(self.path / engine.name, engine.config, machine)
 
     def engines_of(self, names: Iterable[str]) -> list[RepositoryModel]:
         """The engines behind some models, each once, in order."""
         found = {part: self.models[part] for name in names for part in self.models[name].steps or (name,)}
         return list(found.values())
+
+    def plans_of(self, names: Iterable[str]) -> list[RepositoryModel]:
+        """The engines behind some models that are plans, which are tied to a GPU and a TensorRT."""
+        return [engine for engine in self.engines_of(names) if preflight.is_plan(engine.config)]
 
     def _check_files(self, model: RepositoryModel) -> None:
         folder = self.path / model.name
@@ -115,7 +131,7 @@ class Repository:
         if filename and not model.is_alias and not any((version / filename).is_file() for version in versions):
             raise RepositoryError(
                 f"model {model.name!r} has no {filename} in {', '.join(str(v) for v in sorted(versions))}; "
-                "engines are built, not shipped: make it with `matteserve export`"
+                "engines are built, not shipped: make it with `matteserve export` or `matteserve build`"
             )
 
 
