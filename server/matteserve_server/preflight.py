@@ -21,7 +21,7 @@ logger = logging.getLogger("matteserve.server")
 
 PLAN_BACKENDS = ("tensorrt", "tensorrt_rtx")
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-_EXTRAS = {"tensorrt": "pip install 'matteserve[server,gpu]'", "tensorrt_rtx": "pip install tensorrt-rtx"}
+_EXTRAS = {"tensorrt": "pip install 'matteserve[server,gpu]'", "tensorrt_rtx": "pip install 'matteserve[server,rtx]'"}
 
 
 def is_plan(config: Any) -> bool:

@@ -131,7 +131,7 @@ def import_runtime() -> Any:
     except ImportError as exc:
         raise PlanError(
             f"plans need the CUDA bindings, and {exc.name or 'cuda'} cannot be imported in the server's Python: "
-            "pip install 'matteserve[gpu]' (or cuda-bindings)"
+            "pip install cuda-bindings"
         ) from exc
     return runtime
 

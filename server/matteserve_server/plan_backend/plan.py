@@ -25,7 +25,7 @@ _MODULES = {
 }
 _INSTALL = {
     "tensorrt": "pip install 'matteserve[server,gpu]', or serve in NVIDIA's container",
-    "tensorrt_rtx": "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
+    "tensorrt_rtx": "pip install 'matteserve[server,rtx]'",
 }
 
 
