@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from google.protobuf import text_format
+from PIL import Image
 from tritonclient.grpc import model_config_pb2 as pb
 
 from matteserve_client import AlphaTolerance, ContractError, GrpcTransport, MatteserveError
+from matteserve_client._cli import cli
 from matteserve_server import (
     ControlError,
     EmbeddedServer,
@@ -467,3 +470,60 @@ def test_engine_whose_process_was_replaced_is_swapped_all_the_same(server: Embed
         server.control.reload(GREEN, 30.0)
         assert rollback("tiny", options(server)).unloaded == [GREEN]
     assert clients.failures == []
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_commands_say_what_they_do(server: EmbeddedServer, tmp_path: Path) -> None:
+    where = ("--address", server.address, "--model-repository", server.options.model_repository)
+    Image.fromarray(IMAGE[0]).save(tmp_path / "picture.png")
+    dry = command("swap", "tiny", "--to", "onnx_fp16", *where, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert dry.stdout.startswith(f"tiny points at {RED}; a swap to {GREEN} would go through\n")
+    assert "  verify  comparing it with tiny_onnx_fp32\n  write   writing the alias\n" in dry.stdout
+    assert (answering(server), (server.options.model_repository / "tiny" / STATE_FILE).exists()) == (RED, False)
+
+    done = command("swap", "tiny", "--to", "onnx_fp16", *where, "--watch-s", "0.1", "--images", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"tiny now points at {GREEN} (before: {RED})\n  answers differ by max ")
+    assert " on 1 images" in done.stdout
+    assert done.stderr.split() == [word for step in STEPS for word in (step, "...")]
+    again = command("swap", "tiny", "--to", "onnx_fp16", *where)
+    assert again.stdout == f"tiny points at {GREEN} already\n"
+
+    back = command("rollback", "tiny", *where, "--json")
+    assert json.loads(back.stdout)["target"] == RED
+    nothing = command("rollback", "tiny", *where)
+    assert nothing.exit_code == 1
+    assert "Error: 'tiny' has no engine to roll back to" in nothing.stderr
+
+
+def test_command_without_a_repository_changes_the_server_and_says_so(
+    server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command("swap", "tiny", "--to", "onnx_fp16", "--address", server.address, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "only the running server is changed, and a restart undoes it" in result.stderr
+    assert "write" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--control-key", "secret"], "control_key must be NAME=VALUE"),
+        (["--watch-s", "-1"], "-1.0 is not in the range x>=0"),
+        (["--images", "nowhere"], "Directory 'nowhere' does not exist"),
+    ],
+)
+def test_commands_explain_wrong_options(arguments: list[str], message: str) -> None:
+    result = command("swap", "tiny", "--to", "onnx_fp16", "--server-only", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_help_has_examples() -> None:
+    for name in ("swap", "rollback", "doctor"):
+        assert f"Examples:\n    matteserve {name}" in command(name, "--help").stdout

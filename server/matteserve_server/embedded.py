@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import socket
 import tempfile
 import threading
 import time
@@ -15,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 
 from matteserve_server import shared_memory
-from matteserve_server._errors import ResourceError, StartError
+from matteserve_server._errors import StartError
 from matteserve_server.backend_directory import compose_backend_directory
 from matteserve_server.binary import TritonBinary, find_tritonserver
 from matteserve_server.control import Control
 from matteserve_server.machine import this_machine
 from matteserve_server.options import ServerOptions
+from matteserve_server.ports import check_port
 from matteserve_server.process import TritonProcess
 from matteserve_server.repository import Repository
 from matteserve_server.supervisor import Supervisor
@@ -164,31 +163,14 @@ def _with_ports(options: ServerOptions) -> ServerOptions:
     """Check that the ports can be bound and replace each 0 by a free one."""
     return dataclasses.replace(
         options,
-        grpc_port=_bindable_port(options.host, options.grpc_port, "--grpc-port"),
+        grpc_port=check_port(options.host, options.grpc_port, "--grpc-port"),
         metrics_port=_optional_port(options.host, options.metrics_port, "--metrics-port"),
         http_port=_optional_port(options.host, options.http_port, "--http-port"),
     )
 
 
 def _optional_port(host: str, port: int | None, flag: str) -> int | None:
-    return None if port is None else _bindable_port(host, port, flag)
-
-
-def _bindable_port(host: str, port: int, flag: str) -> int:
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as exc:
-        raise ResourceError(f"--host {host} is not an address of this machine: {exc}") from exc
-    with socket.socket(info[0], socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(info[4])
-        except OSError as exc:
-            raise ResourceError(
-                f"cannot listen on {host}:{port}: {os.strerror(exc.errno or 0)}; is another server running? Choose "
-                f"another port with {flag} (0 takes a free one)"
-            ) from exc
-        return int(probe.getsockname()[1])
+    return None if port is None else check_port(host, port, flag)
 
 
 def _reachable(address: str) -> str:

@@ -7,7 +7,7 @@ import importlib.metadata
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _SMI_FIELDS = "name,compute_cap,memory.total,driver_version"
 _SMI_TIMEOUT_S = 20.0
@@ -41,12 +41,14 @@ class Machine:
     Attributes:
         gpus: The GPUs; empty without any.
         driver: Version of the NVIDIA driver; None without one.
+        cuda: Newest CUDA that the driver serves, e.g. "13.0"; None if it does not say.
         tensorrt: Version of TensorRT; None if there is none.
         tensorrt_rtx: Version of TensorRT for RTX; None if there is none.
     """
 
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
+    cuda: str | None = None
     tensorrt: str | None = None
     tensorrt_rtx: str | None = None
 
@@ -57,10 +59,9 @@ def this_machine(*, native_backends: bool = False) -> Machine:
     Args:
         native_backends: Whether the server is NVIDIA's container, whose backend loads `libnvinfer` itself.
     """
-    gpus, driver = _gpus_by_management_library() or _gpus_by_smi() or ((), None)
-    return Machine(
-        gpus=gpus,
-        driver=driver,
+    found = _by_management_library() or _by_smi() or Machine()
+    return replace(
+        found,
         tensorrt=_nvinfer_version() if native_backends else installed_version("tensorrt"),
         tensorrt_rtx=installed_version("tensorrt_rtx"),
     )
@@ -76,11 +77,11 @@ def installed_version(library: str) -> str | None:
     return None
 
 
-def parse_smi(output: str) -> tuple[tuple[Gpu, ...], str] | None:
+def parse_smi(output: str) -> Machine | None:
     """Read what `nvidia-smi --query-gpu=name,compute_cap,memory.total,driver_version` printed as CSV without units."""
     rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.count(",") == 3]
     gpus = tuple(Gpu(name, capability, int(float(mebibytes)) << 20) for name, capability, mebibytes, _ in rows)
-    return (gpus, rows[0][3]) if rows else None
+    return Machine(gpus, rows[0][3]) if rows else None
 
 
 def decode_nvinfer_version(number: int) -> str:
@@ -88,7 +89,7 @@ def decode_nvinfer_version(number: int) -> str:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
-def _gpus_by_management_library() -> tuple[tuple[Gpu, ...], str] | None:
+def _by_management_library() -> Machine | None:
     try:
         import pynvml
     except ImportError:
@@ -107,14 +108,15 @@ def _gpus_by_management_library() -> tuple[tuple[Gpu, ...], str] | None:
             )
             for handle in handles
         )
-        return gpus, str(pynvml.nvmlSystemGetDriverVersion())
+        cuda = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        return Machine(gpus, str(pynvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}")
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpus_by_smi() -> tuple[tuple[Gpu, ...], str] | None:
+def _by_smi() -> Machine | None:
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

@@ -21,7 +21,7 @@ logger = logging.getLogger("matteserve.server")
 
 PLAN_BACKENDS = ("tensorrt", "tensorrt_rtx")
 _TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-_EXTRAS = {"tensorrt": "pip install 'matteserve[server,gpu]'", "tensorrt_rtx": "pip install 'matteserve[server,rtx]'"}
+INSTALL = {"tensorrt": "pip install 'matteserve[server,gpu]'", "tensorrt_rtx": "pip install 'matteserve[server,rtx]'"}
 
 
 def is_plan(config: Any) -> bool:
@@ -84,7 +84,7 @@ def unfit(builder: Builder, backend: str, machine: Machine) -> str:
         return f"{built_by} {built_for}, this machine has no NVIDIA GPU that its driver shows"
     running = machine.tensorrt if backend == "tensorrt" else machine.tensorrt_rtx
     if running is None:
-        return f"{built_by}, this machine has no {_TITLES[backend]} ({_EXTRAS[backend]})"
+        return f"{built_by}, this machine has no {_TITLES[backend]} ({INSTALL[backend]})"
     if not _version_fits(builder, running):
         return f"{built_by}, this machine has {_TITLES[backend]} {running}"
     if not any(_gpu_fits(builder, gpu.compute_capability) for gpu in machine.gpus):

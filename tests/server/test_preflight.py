@@ -210,9 +210,8 @@ def test_manifest_that_cannot_be_read(tmp_path: Path, text: str, message: str) -
 
 
 def test_what_nvidia_smi_prints_is_read() -> None:
-    assert parse_smi("NVIDIA L4, 8.9, 23034, 580.95.05\nTesla T4, 7.5, 15360, 580.95.05\n") == (
-        (Gpu("NVIDIA L4", "8.9", 23034 << 20), Gpu("Tesla T4", "7.5", 15360 << 20)),
-        "580.95.05",
+    assert parse_smi("NVIDIA L4, 8.9, 23034, 580.95.05\nTesla T4, 7.5, 15360, 580.95.05\n") == Machine(
+        (Gpu("NVIDIA L4", "8.9", 23034 << 20), Gpu("Tesla T4", "7.5", 15360 << 20)), driver="580.95.05"
     )
     assert parse_smi("No devices were found\n") is None
 
