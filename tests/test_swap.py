@@ -5,7 +5,9 @@ The engines are told apart by their answers: `onnx_fp32` gives the picture's red
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +21,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
 from google.protobuf import text_format
 from PIL import Image
 from tritonclient.grpc import model_config_pb2 as pb
 
 from matteserve_client import AlphaTolerance, ContractError, GrpcTransport, MatteserveError
-from matteserve_client._cli import cli
 from matteserve_server import (
     ControlError,
     EmbeddedServer,
@@ -41,8 +41,9 @@ from matteserve_server import (
 )
 from matteserve_server.alias import target_of
 from matteserve_server.repository import read_model
-from matteserve_server.swap_state import STATE_FILE, lock, read_journal
+from matteserve_server.swap_state import LOCK_FILE, STATE_FILE, lock, read_journal
 from matteserve_server.swapping import STEPS, Swap, SwapOptions, rollback, swap
+from support.commands import command
 from support.engines import LOOSE, add_engine, write_manifest
 from support.tiny_model import SIZE, write_config, write_repository
 
@@ -340,6 +341,70 @@ def test_watch_moves_the_alias_back(server: EmbeddedServer, trouble: str) -> Non
     file.write_bytes(sound)
 
 
+def test_full_disk_leaves_the_old_engine(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = server.options.model_repository / "tiny"
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(step: str) -> None:
+        if step == "write":
+            monkeypatch.setattr(os, "fsync", full)
+
+    with (
+        Swap("tiny", options(server), on_step=fill) as operation,
+        pytest.raises(
+            SwapError, match=r"cannot write .*config\.pbtxt: No space left on device.*'tiny_onnx_fp32' serves"
+        ),
+    ):
+        operation.to("onnx_fp16")
+    monkeypatch.undo()
+    assert (answering(server), on_disk(server)) == (RED, RED)
+    assert [path.name for path in folder.iterdir() if path.name.endswith(".tmp")] == []
+    with pytest.raises(SwapError, match="no engine to roll back to"):  # and tidies up what the journal could not say
+        rollback("tiny", options(server))
+    assert read_journal(folder).pending is None
+
+
+def test_interrupt_while_watching_moves_the_alias_back(server: EmbeddedServer) -> None:
+    def interrupt(step: str) -> None:
+        if step == "watch":
+            raise KeyboardInterrupt
+
+    with Swap("tiny", options(server), on_step=interrupt) as operation, pytest.raises(KeyboardInterrupt):
+        operation.to("onnx_fp16")
+    assert (answering(server), on_disk(server)) == (RED, RED)
+
+
+def test_server_that_dies_while_it_is_watched_restarts_with_the_old_engine(repository: Path) -> None:
+    with server_for(repository) as server:
+
+        def kill(step: str) -> None:
+            if step == "watch":
+                server.process.kill()
+
+        with (
+            Swap("tiny", options(server), on_step=kill) as operation,
+            pytest.raises(
+                RolledBackError, match=r"(?s)moving it back to 'tiny_onnx_fp32' failed too: loading the alias"
+            ),
+        ):
+            operation.to("onnx_fp16")
+    assert target_of(read_model(repository / "tiny").config) == RED
+    assert read_journal(repository / "tiny").pending is None
+
+
+def test_state_that_cannot_be_used_is_explained(server: EmbeddedServer, repository: Path) -> None:
+    folder = server.options.model_repository / "tiny"
+    (folder / STATE_FILE).write_text("{")
+    with pytest.raises(RepositoryError, match=r"swap\.json is not a journal of swaps .*remove it, which only forgets"):
+        swap("tiny", "onnx_fp16", options(server))
+    (folder / STATE_FILE).unlink()
+    (repository / "tiny" / LOCK_FILE).mkdir()
+    with pytest.raises(RepositoryError, match=r"cannot write .*swap\.lock: Is a directory; run as a user who may"):
+        swap("tiny", "onnx_fp16", options(server, model_repository=repository))
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -470,10 +535,6 @@ def test_engine_whose_process_was_replaced_is_swapped_all_the_same(server: Embed
         server.control.reload(GREEN, 30.0)
         assert rollback("tiny", options(server)).unloaded == [GREEN]
     assert clients.failures == []
-
-
-def command(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def test_commands_say_what_they_do(server: EmbeddedServer, tmp_path: Path) -> None:

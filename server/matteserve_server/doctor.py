@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from tritonclient.grpc import model_config_pb2
 
-from matteserve_server import preflight, shared_memory
+from matteserve_server import shared_memory
 from matteserve_server._errors import ResourceError, ServerError
 from matteserve_server.alias import target_of
 from matteserve_server.binary import WHEEL, WHEEL_VERSION, TritonBinary, find_tritonserver
-from matteserve_server.machine import Machine, this_machine
+from matteserve_server.machine import this_machine
+from matteserve_server.plan_backend.fit import INSTALL, Machine
 from matteserve_server.ports import check_port
 from matteserve_server.repository import Repository, RepositoryModel
 
@@ -118,7 +119,7 @@ def _onnxruntime(binary: TritonBinary | None) -> tuple[list[Finding], list[str]]
 def _plan_libraries(machine: Machine, binary: TritonBinary | None) -> Iterator[Finding]:
     for name, version in (("tensorrt", machine.tensorrt), ("tensorrt_rtx", machine.tensorrt_rtx)):
         if version is None:
-            yield Finding(name, "note", f"not installed, its plans cannot be served ({preflight.INSTALL[name]})")
+            yield Finding(name, "note", f"not installed, its plans cannot be served ({INSTALL[name]})")
         elif _is_native(binary):
             yield Finding(name, "ok", version)
         elif bindings := _version("cuda-bindings"):

@@ -7,7 +7,9 @@ import importlib.metadata
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from matteserve_server.plan_backend.fit import Gpu, Machine
 
 _SMI_FIELDS = "name,compute_cap,memory.total,driver_version"
 _SMI_TIMEOUT_S = 20.0
@@ -17,40 +19,6 @@ _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
 }
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One NVIDIA GPU.
-
-    Attributes:
-        name: As the driver calls it, e.g. "NVIDIA L4".
-        compute_capability: E.g. "8.9".
-        memory_bytes: All of its memory.
-    """
-
-    name: str
-    compute_capability: str
-    memory_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What decides whether a plan can be loaded.
-
-    Attributes:
-        gpus: The GPUs; empty without any.
-        driver: Version of the NVIDIA driver; None without one.
-        cuda: Newest CUDA that the driver serves, e.g. "13.0"; None if it does not say.
-        tensorrt: Version of TensorRT; None if there is none.
-        tensorrt_rtx: Version of TensorRT for RTX; None if there is none.
-    """
-
-    gpus: tuple[Gpu, ...] = ()
-    driver: str | None = None
-    cuda: str | None = None
-    tensorrt: str | None = None
-    tensorrt_rtx: str | None = None
 
 
 def this_machine(*, native_backends: bool = False) -> Machine:

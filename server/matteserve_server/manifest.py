@@ -10,6 +10,7 @@ from typing import Any
 
 from matteserve_client import AlphaTolerance
 from matteserve_server._errors import RepositoryError
+from matteserve_server.plan_backend.fit import Builder
 
 MANIFEST_FILE = "manifest.json"
 _NEWEST_SCHEMA = 2
@@ -28,27 +29,6 @@ class EngineFile:
     name: str
     sha256: str
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class Builder:
-    """What compiled a plan, and for what.
-
-    Attributes:
-        name: "tensorrt" or "tensorrt_rtx".
-        version: Its version, e.g. "10.13.3.9".
-        compute_capabilities: What the plan runs on, e.g. ("8.9",).
-        gpu: Name of the GPU that it was built on; None if none was needed.
-        version_compatible: Whether later versions of the library may load it.
-        hardware_compatibility: "none", "ampere_plus" or "same_compute_capability".
-    """
-
-    name: str
-    version: str
-    compute_capabilities: tuple[str, ...]
-    gpu: str | None = None
-    version_compatible: bool = False
-    hardware_compatibility: str = "none"
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ def read_manifest(version_directory: Path) -> Manifest | None:
             precision=str(fields["precision"]),
             file=_read_file(fields),
             tolerance=AlphaTolerance.from_dict(tolerance) if tolerance else None,
-            builder=_read_builder(fields.get("builder")),
+            builder=Builder.from_dict(fields["builder"]) if fields.get("builder") else None,
         )
     except FileNotFoundError:
         return None
@@ -107,16 +87,3 @@ def _read_file(fields: Mapping[str, Any]) -> EngineFile | None:
     if described is None:
         return None
     return EngineFile(str(described["name"]), str(described["sha256"]), int(described["bytes"]))
-
-
-def _read_builder(fields: Mapping[str, Any] | None) -> Builder | None:
-    if fields is None:
-        return None
-    return Builder(
-        name=str(fields["name"]),
-        version=str(fields["version"]),
-        compute_capabilities=tuple(map(str, fields["compute_capabilities"])),
-        gpu=fields.get("gpu"),
-        version_compatible=bool(fields.get("version_compatible", False)),
-        hardware_compatibility=str(fields.get("hardware_compatibility", "none")),
-    )

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from matteserve_server._errors import EngineMismatchError
-from matteserve_server.machine import Machine
-from matteserve_server.manifest import Builder, EngineFile, read_manifest
+from matteserve_server.manifest import EngineFile, read_manifest
+from matteserve_server.plan_backend.fit import Machine, rebuild_command, unfit
 
 logger = logging.getLogger("matteserve.server")
 
 PLAN_BACKENDS = ("tensorrt", "tensorrt_rtx")
-_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
-INSTALL = {"tensorrt": "pip install 'matteserve[server,gpu]'", "tensorrt_rtx": "pip install 'matteserve[server,rtx]'"}
 
 
 def is_plan(config: Any) -> bool:
@@ -42,7 +40,11 @@ def check_files(folder: Path, config: Any) -> None:
     for version in _versions(folder):
         manifest = read_manifest(version)
         if manifest is not None and manifest.file is not None:
-            _check_file(version / manifest.file.name, manifest.file, _rebuild_command(config, manifest.precision))
+            _check_file(
+                version / manifest.file.name,
+                manifest.file,
+                rebuild_command(config.name, _backend(config), manifest.precision),
+            )
 
 
 def check_machine(folder: Path, config: Any, machine: Machine) -> None:
@@ -66,47 +68,11 @@ def check_machine(folder: Path, config: Any, machine: Machine) -> None:
         # For a mixed fleet the folder has plans for other GPUs, which Triton's own backend chooses among.
         capabilities = (*manifest.builder.compute_capabilities, *config.cc_model_filenames)
         builder = replace(manifest.builder, compute_capabilities=capabilities)
-        if reason := unfit(builder, config.backend or "tensorrt", machine):
+        if reason := unfit(builder, _backend(config), machine):
             raise EngineMismatchError(
                 f"engine {folder.name!r} {reason}: build it for this machine with "
-                f"`{_rebuild_command(config, manifest.precision)}`"
+                f"`{rebuild_command(config.name, _backend(config), manifest.precision)}`"
             )
-
-
-def unfit(builder: Builder, backend: str, machine: Machine) -> str:
-    """Why a plan cannot run on a machine, as the end of a sentence that begins with the engine; empty if it can."""
-    built_by = f"was built by {_TITLES.get(builder.name, builder.name)} {builder.version}"
-    built_for = f"for compute capability {' or '.join(builder.compute_capabilities)}"
-    built_for += f" ({builder.gpu})" if builder.gpu else ""
-    if builder.name != backend:
-        return f"{built_by}, its config.pbtxt asks for {_TITLES.get(backend, backend)}, which cannot read it"
-    if not machine.gpus:
-        return f"{built_by} {built_for}, this machine has no NVIDIA GPU that its driver shows"
-    running = machine.tensorrt if backend == "tensorrt" else machine.tensorrt_rtx
-    if running is None:
-        return f"{built_by}, this machine has no {_TITLES[backend]} ({INSTALL[backend]})"
-    if not _version_fits(builder, running):
-        return f"{built_by}, this machine has {_TITLES[backend]} {running}"
-    if not any(_gpu_fits(builder, gpu.compute_capability) for gpu in machine.gpus):
-        here = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in machine.gpus)
-        return f"{built_by} {built_for}, this machine has {here}"
-    return ""
-
-
-def _version_fits(builder: Builder, running: str) -> bool:
-    """A plan needs the very version that built it, or, if built so, any later one."""
-    built, here = _numbers(builder.version)[:3], _numbers(running)[:3]
-    return here >= built if builder.version_compatible else here == built
-
-
-def _gpu_fits(builder: Builder, capability: str) -> bool:
-    if builder.hardware_compatibility == "ampere_plus":
-        return _numbers(capability) >= (8, 0)
-    return capability in builder.compute_capabilities
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _check_file(path: Path, described: EngineFile, rebuild: str) -> None:
@@ -128,12 +94,8 @@ def _check_file(path: Path, described: EngineFile, rebuild: str) -> None:
         )
 
 
-def _rebuild_command(config: Any, precision: str) -> str:
-    kind = {"tensorrt_rtx": "rtx", "tensorrt": "trt"}.get(config.backend or "", "trt" if is_plan(config) else "onnx")
-    model = config.name.removesuffix(f"_{kind}_{precision}")
-    if (kind, precision) == ("onnx", "fp32"):
-        return f"matteserve export {model}"
-    return f"matteserve build {model} --engine {kind} --precision {precision}"
+def _backend(config: Any) -> str:
+    return config.backend or ("tensorrt" if is_plan(config) else "onnxruntime")
 
 
 def _versions(folder: Path) -> Iterable[Path]:

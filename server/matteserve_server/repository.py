@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from matteserve_server import preflight
 from matteserve_server._errors import RepositoryError, UnknownModelError
-from matteserve_server.machine import Machine
+from matteserve_server.plan_backend.fit import Machine
 
 
 @dataclass(frozen=True)

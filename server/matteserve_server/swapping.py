@@ -411,7 +411,8 @@ class Swap:
 
     def _give_up(self, pending: Pending, *, unload: bool) -> None:
         """Nothing was switched: forget it, and unload what was loaded for it."""
-        self._close_journal(pending, f"given up at {self._step}", moved=False)
+        with self._best_effort("writing the journal"):
+            self._close_journal(pending, f"given up at {self._step}", moved=False)
         if unload:
             with self._best_effort(f"unloading {pending.target}"):
                 self._unload_if_unused(pending.target)
@@ -426,7 +427,8 @@ class Swap:
         with self._best_effort("loading the alias again", failed):
             self._control.load(self.model, self.options.load_timeout_s, None if self._folder else alias)
             self._check_switched(pending.source)
-        self._close_journal(pending, f"moved back at {step}", moved=False)
+        with self._best_effort("writing the journal"):
+            self._close_journal(pending, f"moved back at {step}", moved=False)
         if failed:
             return f"moving it back to {pending.source!r} failed too: {'; '.join(failed)}"
         if unload:

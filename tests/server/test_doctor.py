@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from tritonclient.grpc import model_config_pb2 as pb
 
-from matteserve_client._cli import cli
 from matteserve_server import binary
 from matteserve_server.doctor import Finding, examine
-from matteserve_server.machine import Gpu, Machine
+from matteserve_server.plan_backend.fit import Gpu, Machine
 from matteserve_server.repository import read_model
+from support.commands import command
 from support.engines import add_engine
 from support.tiny_model import write_config, write_repository
 
@@ -45,7 +44,7 @@ def look(repository: Path, machine: Machine | None = None) -> list[Finding]:
 @pytest.mark.triton
 def test_command_reports_this_machine_and_that_nothing_is_in_the_way(repository: Path) -> None:
     arguments = ["doctor", "--model-repository", str(repository), "--port", str(free_port())]
-    result = CliRunner().invoke(cli, [*arguments, "--json"])
+    result = command(*arguments, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     found = {finding["area"]: finding for finding in report["findings"]}
@@ -56,7 +55,7 @@ def test_command_reports_this_machine_and_that_nothing_is_in_the_way(repository:
     assert set(found) == {
         "python", "triton", "gpu", "onnxruntime", "tensorrt", "tensorrt_rtx", "port", "shm", "models"
     }  # fmt: skip
-    text = CliRunner().invoke(cli, arguments)
+    text = command(*arguments)
     assert (
         "ok models       tiny points at tiny_onnx_fp32\nok models       tiny_onnx_fp32 can be served here"
         in text.stdout
@@ -69,7 +68,7 @@ def test_taken_port_is_a_problem(repository: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         arguments = ["doctor", "--model-repository", str(repository), "--port", str(port)]
-        result = CliRunner().invoke(cli, arguments)
+        result = command(*arguments)
     assert result.exit_code == 1
     assert f"!! port         {port} is taken" in result.stdout
 

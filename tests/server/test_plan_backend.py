@@ -173,6 +173,22 @@ def test_plan_that_lacks_an_output(folder: Path) -> None:
     assert plan.compare(config, {"image": PLAN["image"]}) == "output 'alpha' is not in the plan, which has image"
 
 
+def test_manifest_is_held_against_library_and_gpu(folder: Path) -> None:
+    config = PlanConfig.from_triton(triton_config(folder, cc_model_filenames={"9.0": "other.plan"}), arguments(folder))
+    plan.check_manifest(config, "10.9.0", "8.6")  # no manifest: nothing to compare with
+    builder = {"name": "tensorrt", "version": "10.13.3.9", "compute_capabilities": ["8.9"]}
+    (folder / "1" / "manifest.json").write_text(json.dumps({"precision": "fp16", "builder": builder}))
+    plan.check_manifest(config, "10.13.3.9", "8.9")
+    plan.check_manifest(config, "10.13.3.9", "9.0")
+    rebuild = "build it for this machine with `matteserve build tiny --engine trt --precision fp16`"
+    with pytest.raises(PlanError, match=rf"'tiny_trt_fp16' was built by TensorRT 10\.13\.3\.9, .* 10\.9\.0: {rebuild}"):
+        plan.check_manifest(config, "10.9.0", "8.9")
+    with pytest.raises(
+        PlanError, match=rf"for compute capability 8\.9 or 9\.0, this machine has GPU 0 \(8\.6\): {rebuild}"
+    ):
+        plan.check_manifest(config, "10.13.3.9", "8.6")
+
+
 def test_memory_at_an_address_is_an_array() -> None:
     owner = np.arange(16, dtype=np.uint8)
     array = cuda.as_array(owner.ctypes.data, 16)

@@ -11,15 +11,9 @@ import pytest
 from tritonclient.grpc import model_config_pb2 as pb
 
 from matteserve_server import EmbeddedServer, EngineMismatchError, RepositoryError, ServerOptions
-from matteserve_server.machine import (
-    Gpu,
-    Machine,
-    decode_nvinfer_version,
-    installed_version,
-    parse_smi,
-    this_machine,
-)
+from matteserve_server.machine import decode_nvinfer_version, installed_version, parse_smi, this_machine
 from matteserve_server.manifest import EngineFile, read_manifest
+from matteserve_server.plan_backend.fit import Gpu, Machine
 from matteserve_server.repository import Repository, read_model
 from support.tiny_model import write_config, write_repository
 

@@ -7,6 +7,7 @@ TensorRT for RTX have no native one.
 ::
 
     config.py    what config.pbtxt says, checked                         needs no GPU
+    fit.py       whether a plan fits a TensorRT and a GPU                needs no GPU
     batching.py  requests into one buffer, answers out of it             needs no GPU
     tensors.py   Triton's tensors as numpy arrays and back               needs no GPU
     plan.py      a plan on a GPU: runtime, context, profile, CUDA graphs

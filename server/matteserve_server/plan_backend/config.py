@@ -50,6 +50,7 @@ class PlanConfig:
     """One instance of a plan.
 
     Attributes:
+        model: Name of the engine.
         library: Which package loads it: "tensorrt" or "tensorrt_rtx".
         directory: The version directory.
         filename: The plan's file, unless the GPU has one of its own.
@@ -63,6 +64,7 @@ class PlanConfig:
         on_gpu: Whether the instance was put on a GPU.
     """
 
+    model: str
     library: str
     directory: Path
     filename: str
@@ -94,6 +96,7 @@ class PlanConfig:
             raise PlanError("max_batch_size is 0; plans are served in batches, build one with a profile from 1 on")
         optimization = config.get("optimization") or {}
         return cls(
+            model=str(config["name"]),
             library=library,
             directory=Path(arguments["model_repository"]) / arguments["model_version"],
             filename=config.get("default_model_filename") or "model.plan",

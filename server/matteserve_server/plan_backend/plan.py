@@ -7,8 +7,9 @@ refusals has been run yet (tests marked `gpu` do).
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -17,15 +18,11 @@ import numpy as np
 from .batching import Array, gather, split, view
 from .config import PlanConfig, PlanError
 from .cuda import Cuda
+from .fit import INSTALL, TITLES, Builder, Gpu, Machine, rebuild_command, unfit
 
-_TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT for RTX"}
 _MODULES = {
     "tensorrt": ("tensorrt",),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),  # the second is what the bindings' wheel installs
-}
-_INSTALL = {
-    "tensorrt": "pip install 'matteserve[server,gpu]', or serve in NVIDIA's container",
-    "tensorrt_rtx": "pip install 'matteserve[server,rtx]'",
 }
 
 
@@ -99,12 +96,12 @@ class Plan:
 
     def _deserialize(self) -> Any:
         path = self._config.path_for(self._cuda.capability)
+        check_manifest(self._config, str(self._library.__version__), self._cuda.capability)
         runtime = self._library.Runtime(self._log)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise PlanError(
-                f"{_title(self._config.library, self._library)} cannot load {path}: {self._log.reason()}. A plan loads "
-                "only with the version and on the kind of GPU that its manifest names"
+                f"{TITLES[self._config.library]} {self._library.__version__} cannot load {path}: {self._log.reason()}"
             )
         self._runtime = runtime  # must outlive the engine
         return engine
@@ -169,8 +166,32 @@ def import_library(name: str) -> ModuleType:
             continue
     raise PlanError(
         f"backend {name!r} needs the Python package {' or '.join(_MODULES[name])}, which the server's Python cannot "
-        f"import: {_INSTALL[name]}"
+        f"import: {INSTALL[name]}"
     )
+
+
+def check_manifest(config: PlanConfig, version: str, capability: str) -> None:
+    """Hold the plan's manifest, where there is one, against what is here.
+
+    Args:
+        config: The plan.
+        version: Version of the library that is to load it.
+        capability: Compute capability of the GPU.
+
+    Raises:
+        PlanError: It was built for another one; one sentence that names both, and how to build it again.
+    """
+    try:
+        fields = json.loads((config.directory / "manifest.json").read_text(encoding="utf-8"))
+        builder = Builder.from_dict(fields["builder"])
+        precision = str(fields["precision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing to compare with; the library will say what it thinks of the plan
+    builder = replace(builder, compute_capabilities=(*builder.compute_capabilities, *config.filenames))
+    machine = Machine((Gpu(f"GPU {config.device}", capability),), **{config.library: version})
+    if reason := unfit(builder, config.library, machine):
+        command = rebuild_command(config.model, config.library, precision)
+        raise PlanError(f"engine {config.model!r} {reason}: build it for this machine with `{command}`")
 
 
 @dataclass(frozen=True)
@@ -222,10 +243,6 @@ def compare(config: PlanConfig, found: Mapping[str, PlanTensor]) -> str:
         if kind == "input" and actual.largest_batch < config.max_batch_size:
             return f"max_batch_size is {config.max_batch_size}, the plan's profile ends at {actual.largest_batch}"
     return ""
-
-
-def _title(name: str, library: Any) -> str:
-    return f"{_TITLES[name]} {library.__version__}"
 
 
 def _log_of(library: Any) -> Any:
