@@ -353,9 +353,7 @@ def test_full_disk_leaves_the_old_engine(server: EmbeddedServer, monkeypatch: py
 
     with (
         Swap("tiny", options(server), on_step=fill) as operation,
-        pytest.raises(
-            SwapError, match=r"cannot write .*config\.pbtxt: No space left on device.*'tiny_onnx_fp32' serves"
-        ),
+        pytest.raises(SwapError, match=r"cannot write .*config\.pbtxt: No space left on device.*_fp32' serves"),
     ):
         operation.to("onnx_fp16")
     monkeypatch.undo()
@@ -385,9 +383,7 @@ def test_server_that_dies_while_it_is_watched_restarts_with_the_old_engine(repos
 
         with (
             Swap("tiny", options(server), on_step=kill) as operation,
-            pytest.raises(
-                RolledBackError, match=r"(?s)moving it back to 'tiny_onnx_fp32' failed too: loading the alias"
-            ),
+            pytest.raises(RolledBackError, match=r"(?s)moving it back to 'tiny_onnx_fp32' failed too: loading the"),
         ):
             operation.to("onnx_fp16")
     assert target_of(read_model(repository / "tiny").config) == RED
