@@ -201,7 +201,9 @@ def test_request_that_is_cut_off_by_the_exit_is_said_and_counts(
         assert server.stop() != 0
         thread.join(timeout=30)
     assert len(errors) == 1
-    assert f"{ENGINE}_0_0 still at work when the time was over: requests were cut off" in caplog.text
+    # Triton gives up on the stuck process after about a second itself; which of the two comes first is open.
+    said = ("requests were still in flight after 1 s", f"{ENGINE}_0_0 still at work when the time was over: requests")
+    assert any(text in caplog.text for text in said)
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "\nState:\tZ" in status.read_text(), "the stuck process was left behind"
     assert regions() == before
