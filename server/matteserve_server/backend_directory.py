@@ -3,8 +3,10 @@
 Triton looks for the backend `NAME` in `<backend directory>/NAME/`. The wheel has only `python`; the directory made here
 adds the Python-based backends of this package::
 
-    python/       libtriton_python.so (a copy), stub and utilities of the running interpreter
-    onnxruntime/  model.py
+    python/        libtriton_python.so (a copy), stub and utilities of the running interpreter
+    onnxruntime/   model.py
+    tensorrt/      model.py and plan_backend/, one implementation over two libraries with the same interface
+    tensorrt_rtx/  the same again
 """
 
 from __future__ import annotations
@@ -13,8 +15,13 @@ import shutil
 from pathlib import Path
 
 from matteserve_server.binary import TritonBinary
+from matteserve_server.plan_backend.config import LIBRARIES
 
 PYTHON_BASED_BACKENDS = Path(__file__).parent / "backends"
+PLAN_BACKEND = Path(__file__).parent / "plan_backend"
+_NO_CACHES = shutil.ignore_patterns("__pycache__")
+# The stub imports `model.py` by itself and takes this class from it.
+_PLAN_MODEL = 'from plan_backend.model import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
 
 
 def compose_backend_directory(binary: TritonBinary, directory: Path) -> None:
@@ -37,4 +44,7 @@ def compose_backend_directory(binary: TritonBinary, directory: Path) -> None:
     (python / "triton_python_backend_stub").symlink_to(binary.stub())
     for backend in sorted(PYTHON_BASED_BACKENDS.iterdir()):
         if (backend / "model.py").is_file():
-            shutil.copytree(backend, directory / backend.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(backend, directory / backend.name, ignore=_NO_CACHES)
+    for name in LIBRARIES:
+        shutil.copytree(PLAN_BACKEND, directory / name / PLAN_BACKEND.name, ignore=_NO_CACHES)
+        (directory / name / "model.py").write_text(_PLAN_MODEL)

@@ -90,6 +90,8 @@ def serve(
                 f"tritonserver ended by itself with exit code {code}; its last words:\n  {words}"
             )
         click.echo("stopping: requests in flight may finish", err=True)
+        if server.stop() != 0:
+            raise click.ClickException("the server was killed or ran out of time; requests were cut off")
 
 
 @click.command()

@@ -36,6 +36,7 @@ class EngineStatistics:
     Attributes:
         inferences: Rows that were inferred.
         executions: Runs of the model; `inferences / executions` is the mean batch.
+        successes: Requests that were answered.
         failures: Requests that failed.
         queue_s: Seconds that requests waited, summed.
         infer_s: Seconds that the model computed, summed over requests.
@@ -43,6 +44,7 @@ class EngineStatistics:
 
     inferences: int
     executions: int
+    successes: int
     failures: int
     queue_s: float
     infer_s: float
@@ -82,13 +84,27 @@ class Control:
                 raise StartError(f"tritonserver did not answer within {timeout_s:.0f} s")
             time.sleep(0.05)
 
-    def load(self, model: str, timeout_s: float) -> None:
-        """Load a model and, for an alias, what it needs.
+    def load(self, model: str, timeout_s: float, config: Any = None) -> None:
+        """Load a model and, for an alias, what it needs. A loaded one serves on until its successor is ready.
+
+        Args:
+            model: Its name.
+            timeout_s: Seconds to wait.
+            config: An `inference.ModelConfig` to use instead of the server's `config.pbtxt`, until the model is loaded
+                without one.
 
         Raises:
             ModelLoadError: It does not load; the message has Triton's reason.
         """
-        self._load(model, timeout_s)
+        self._load(model, timeout_s, config=None if config is None else json.dumps(_to_json(config)))
+
+    def unload(self, model: str, timeout_s: float) -> None:
+        """Unload a model, but not what it is made of; requests that it took are answered first.
+
+        Raises:
+            InferenceServerException: The server refuses.
+        """
+        self._client.unload_model(model, headers=self._headers, client_timeout=timeout_s)
 
     def reload(self, model: str, timeout_s: float) -> None:
         """Load a model again although nothing of it changed, as after its process died.
@@ -98,10 +114,7 @@ class Control:
         Raises:
             ModelLoadError: It does not load.
         """
-        response = self._client.get_model_config(model, headers=self._headers, client_timeout=_CALL_TIMEOUT_S)
-        config: dict[str, Any] = json.loads(
-            json_format.MessageToJson(response.config, preserving_proto_field_name=True)
-        )
+        config = _to_json(self.config(model))
         parameters = config.setdefault("parameters", {})
         count = int(parameters.get(_RELOADS, {}).get("string_value", 0))
         parameters[_RELOADS] = {"string_value": str(count + 1)}
@@ -110,6 +123,11 @@ class Control:
     def config(self, model: str) -> Any:
         """The `inference.ModelConfig` of a loaded model."""
         return self._client.get_model_config(model, headers=self._headers, client_timeout=_CALL_TIMEOUT_S).config
+
+    def known_models(self) -> list[str]:
+        """Names of the models in the server's repository, loaded or not."""
+        index = self._client.get_model_repository_index(headers=self._headers, client_timeout=_CALL_TIMEOUT_S)
+        return sorted({model.name for model in index.models})
 
     def loaded_models(self) -> list[str]:
         """Names of the models that are ready."""
@@ -123,6 +141,7 @@ class Control:
         return EngineStatistics(
             inferences=sum(v.inference_count for v in versions),
             executions=sum(v.execution_count for v in versions),
+            successes=sum(v.inference_stats.success.count for v in versions),
             failures=sum(v.inference_stats.fail.count for v in versions),
             queue_s=sum(v.inference_stats.queue.ns for v in versions) / 1e9,
             infer_s=sum(v.inference_stats.compute_infer.ns for v in versions) / 1e9,
@@ -152,6 +171,12 @@ class Control:
             return bool(self._client.is_server_live(headers=self._headers, client_timeout=1.0))
         except InferenceServerException:
             return False
+
+
+def _to_json(config: Any) -> dict[str, Any]:
+    """A model configuration as Triton reads it from a load request."""
+    fields: dict[str, Any] = json.loads(json_format.MessageToJson(config, preserving_proto_field_name=True))
+    return fields
 
 
 def _probe_inputs(config: Any) -> list[Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import socket
 import tempfile
 import threading
 import time
@@ -15,11 +13,13 @@ from pathlib import Path
 from types import TracebackType
 
 from matteserve_server import shared_memory
-from matteserve_server._errors import ResourceError, StartError
+from matteserve_server._errors import StartError
 from matteserve_server.backend_directory import compose_backend_directory
 from matteserve_server.binary import TritonBinary, find_tritonserver
 from matteserve_server.control import Control
+from matteserve_server.machine import this_machine
 from matteserve_server.options import ServerOptions
+from matteserve_server.ports import check_port
 from matteserve_server.process import TritonProcess
 from matteserve_server.repository import Repository
 from matteserve_server.supervisor import Supervisor
@@ -41,7 +41,8 @@ class EmbeddedServer:
 
     Raises:
         TritonNotFoundError: (on start) No `tritonserver` on this machine.
-        RepositoryError: (on start) The repository is missing or broken, or a model is not in it.
+        RepositoryError: (on start) The repository is missing or broken, a model is not in it, or
+            (`EngineMismatchError`) a plan was built for another TensorRT or GPU.
         ResourceError: (on start) A port is taken, or /dev/shm is too small.
         StartError: (on start) The server ended, or a model did not load.
     """
@@ -93,6 +94,8 @@ class EmbeddedServer:
         models = self.options.models or tuple(repository.default_models())
         repository.check(models)
         binary = find_tritonserver(self.options.tritonserver)
+        if repository.plans_of(models):
+            repository.check(models, this_machine(native_backends=binary.wheel_root is None))
         if stale := shared_memory.remove_stale_regions():
             logger.info("removed %d shared-memory regions of servers that were killed", len(stale))
         if binary.wheel_root is not None:
@@ -160,31 +163,14 @@ def _with_ports(options: ServerOptions) -> ServerOptions:
     """Check that the ports can be bound and replace each 0 by a free one."""
     return dataclasses.replace(
         options,
-        grpc_port=_bindable_port(options.host, options.grpc_port, "--grpc-port"),
+        grpc_port=check_port(options.host, options.grpc_port, "--grpc-port"),
         metrics_port=_optional_port(options.host, options.metrics_port, "--metrics-port"),
         http_port=_optional_port(options.host, options.http_port, "--http-port"),
     )
 
 
 def _optional_port(host: str, port: int | None, flag: str) -> int | None:
-    return None if port is None else _bindable_port(host, port, flag)
-
-
-def _bindable_port(host: str, port: int, flag: str) -> int:
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as exc:
-        raise ResourceError(f"--host {host} is not an address of this machine: {exc}") from exc
-    with socket.socket(info[0], socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(info[4])
-        except OSError as exc:
-            raise ResourceError(
-                f"cannot listen on {host}:{port}: {os.strerror(exc.errno or 0)}; is another server running? Choose "
-                f"another port with {flag} (0 takes a free one)"
-            ) from exc
-        return int(probe.getsockname()[1])
+    return None if port is None else check_port(host, port, flag)
 
 
 def _reachable(address: str) -> str:

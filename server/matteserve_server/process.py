@@ -89,15 +89,21 @@ class TritonProcess:
         Returns:
             The exit code; 0 if every request was answered, whether or not a model then hung while unloading.
         """
+        at_work: set[str] = set()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            self._wait_for_exit(exit_timeout_s)
+            at_work = self._wait_for_exit(exit_timeout_s)
         code = self._process.wait()
         self._reader.join(timeout=5)
         if self._process.stderr is not None and not self._reader.is_alive():
             self._process.stderr.close()
         shared_memory.remove_regions(self._shm_prefix)
-        return 0 if code in (-signal.SIGKILL, 1) and self._drained.is_set() else code
+        if code in (-signal.SIGKILL, 1) and self._drained.is_set():
+            if not at_work:
+                return 0
+            # Triton counts a request as answered when it gives up on the process that works on it.
+            logger.warning("%s still at work when the time was over: requests were cut off", ", ".join(sorted(at_work)))
+        return code
 
     def kill(self) -> None:
         """SIGKILL the server and its stubs at once."""
@@ -106,10 +112,15 @@ class TritonProcess:
         except ProcessLookupError:
             return
 
-    def _wait_for_exit(self, exit_timeout_s: float) -> None:
+    def _wait_for_exit(self, exit_timeout_s: float) -> set[str]:
+        """Wait, and kill what does not end; return the instances whose processes were still there at the end."""
         deadline = time.monotonic() + exit_timeout_s
-        while self._process.poll() is None:
-            now = time.monotonic()
+        living: dict[int, str] = {}
+        while True:
+            seen = self.stubs()
+            if self._process.poll() is not None:  # then what was seen means nothing: its children had left it
+                break
+            living, now = seen, time.monotonic()
             # A model whose stub was killed never finishes unloading, and the server would wait for it.
             if self._drained.is_set():
                 deadline = min(deadline, now + _UNLOAD_TIMEOUT_S)
@@ -117,9 +128,11 @@ class TritonProcess:
                 if not self._drained.is_set():
                     logger.warning("requests were still in flight after %.0f s; killing the server", exit_timeout_s)
                 self.kill()
-                self._process.wait()
-                return
+                break
             time.sleep(0.02)
+        if living:
+            self.kill()  # a server that ended by itself leaves a process that is stuck behind
+        return set(living.values())
 
     def _read_log(self) -> None:
         assert self._process.stderr is not None

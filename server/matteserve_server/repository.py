@@ -14,7 +14,9 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from matteserve_server import preflight
 from matteserve_server._errors import RepositoryError, UnknownModelError
+from matteserve_server.plan_backend.fit import Machine
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Repository:
                 f"model repository {path} is not a directory; make one with `matteserve export`, or name another with "
                 "--model-repository"
             )
-        models = {folder.name: _read_model(folder) for folder in sorted(path.iterdir()) if _is_model_folder(folder)}
+        models = {folder.name: read_model(folder) for folder in sorted(path.iterdir()) if _is_model_folder(folder)}
         if not models:
             raise RepositoryError(
                 f"model repository {path} has no models (no folder with a config.pbtxt); add one with "
@@ -82,13 +84,19 @@ class Repository:
         aliases = [name for name, model in self.models.items() if model.is_alias]
         return aliases or list(self.models)
 
-    def check(self, names: Iterable[str]) -> None:
+    def check(self, names: Iterable[str], machine: Machine | None = None) -> None:
         """Check that models can be loaded: they exist, their parts exist, and engines have a version with a file.
+
+        Args:
+            names: Aliases and engines.
+            machine: Where they are to run, for plans, which fit only what they were built for; None does not ask.
 
         Raises:
             UnknownModelError: A name, or a part of an alias, is not in the repository.
             RepositoryError: An engine has no version folder with a model file.
+            EngineMismatchError: A plan is not the file that was built, or was built for another machine.
         """
+        names = list(names)
         for name in names:
             if name not in self.models:
                 raise UnknownModelError(f"no model {name!r} in {self.path}; it has {', '.join(self.models)}")
@@ -100,11 +108,19 @@ class Repository:
                 )
             for part in (model, *(self.models[step] for step in model.steps)):
                 self._check_files(part)
+        if machine is not None:
+            for engine in self.plans_of(names):
+                preflight.check_files(self.path / engine.name, engine.config)
+                preflight.check_machine(self.path / engine.name, engine.config, machine)
 
     def engines_of(self, names: Iterable[str]) -> list[RepositoryModel]:
         """The engines behind some models, each once, in order."""
         found = {part: self.models[part] for name in names for part in self.models[name].steps or (name,)}
         return list(found.values())
+
+    def plans_of(self, names: Iterable[str]) -> list[RepositoryModel]:
+        """The engines behind some models that are plans, which are tied to a GPU and a TensorRT."""
+        return [engine for engine in self.engines_of(names) if preflight.is_plan(engine.config)]
 
     def _check_files(self, model: RepositoryModel) -> None:
         folder = self.path / model.name
@@ -115,7 +131,7 @@ class Repository:
         if filename and not model.is_alias and not any((version / filename).is_file() for version in versions):
             raise RepositoryError(
                 f"model {model.name!r} has no {filename} in {', '.join(str(v) for v in sorted(versions))}; "
-                "engines are built, not shipped: make it with `matteserve export`"
+                "engines are built, not shipped: make it with `matteserve export` or `matteserve build`"
             )
 
 
@@ -123,7 +139,12 @@ def _is_model_folder(folder: Path) -> bool:
     return folder.is_dir() and (folder / "config.pbtxt").is_file()
 
 
-def _read_model(folder: Path) -> RepositoryModel:
+def read_model(folder: Path) -> RepositoryModel:
+    """Read one model's folder.
+
+    Raises:
+        RepositoryError: Its `config.pbtxt` cannot be parsed, or names another model.
+    """
     path = folder / "config.pbtxt"
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())

@@ -86,20 +86,22 @@ class Supervisor:
         before = self.process.stubs()
         while not self._ended.wait(_LOOK_S) and self.process.poll() is None:
             living = self.process.stubs()
-            # An instance that has a successor was replaced by a load, not killed.
-            killed = {before[pid] for pid in before.keys() - living.keys()} - set(living.values())
+            vanished = {before[pid] for pid in before.keys() - living.keys()}
             before = living
             try:
-                self._look({instance.rsplit("_", 2)[0] for instance in killed})
+                self._look(vanished)
             except InferenceServerException as exc:
                 # The server is starting, stopping or overloaded; the next look will tell.
                 logger.debug("supervisor: %s", exc)
 
-    def _look(self, killed: set[str]) -> None:
+    def _look(self, vanished: set[str]) -> None:
         now = time.monotonic()
-        if not killed and self._watched and all(watched.next_probe > now for watched in self._watched.values()):
+        if not vanished and self._watched and all(watched.next_probe > now for watched in self._watched.values()):
             return
         loaded = self.control.loaded_models()  # a model that somebody unloaded is not brought back
+        # An instance that has a successor was replaced, by a load or by a swap there and back, not killed. Asked after
+        # the list was read: what is loaded by then has its process.
+        killed = {instance.rsplit("_", 2)[0] for instance in vanished - set(self.process.stubs().values())}
         for name in self._watched.keys() - set(loaded):
             del self._watched[name]
         for name in loaded:

@@ -180,6 +180,35 @@ def test_requests_in_flight_finish_when_the_server_stops(tmp_path: Path) -> None
     np.testing.assert_array_equal(answers[0], image[..., 0])
 
 
+def test_request_that_is_cut_off_by_the_exit_is_said_and_counts(
+    repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = regions()
+    with EmbeddedServer(options(repository, exit_timeout_s=1.0, probe_interval_s=0)) as server:
+        (pid,) = server.process.stubs()
+        os.kill(pid, signal.SIGSTOP)
+        errors: list[InferenceServerException] = []
+
+        def ask() -> None:
+            try:
+                infer(server, random_images(1), timeout_s=30.0)
+            except InferenceServerException as exc:
+                errors.append(exc)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.3)
+        assert server.stop() != 0
+        thread.join(timeout=30)
+    assert len(errors) == 1
+    # Triton gives up on the stuck process after about a second itself; which of the two comes first is open.
+    said = ("requests were still in flight after 1 s", f"{ENGINE}_0_0 still at work when the time was over: requests")
+    assert any(text in caplog.text for text in said)
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "\nState:\tZ" in status.read_text(), "the stuck process was left behind"
+    assert regions() == before
+
+
 def test_port_that_is_taken(repository: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
