@@ -31,9 +31,9 @@ class WindowFigures:
 
 
 def period_of(run: Run) -> tuple[float, float]:
-    """(start, end) in seconds of what counts: the last three windows, or everything if there are no windows."""
+    """(start, end) in seconds of what counts: the last three windows; everything, if another tool sets the pace."""
     windows = run.windows[-WINDOWS:]
-    if windows:
+    if windows and run.load.mode != "loadgen":
         return windows[0].start_s, windows[-1].end_s
     if not run.records:
         return 0.0, 0.0
@@ -43,9 +43,15 @@ def period_of(run: Run) -> tuple[float, float]:
 def due_in_period(run: Run) -> list[Record]:
     """The requests that were due in the period."""
     start_s, end_s = period_of(run)
-    if not run.windows:
-        return list(run.records)
     return [record for record in run.records if start_s <= record.due_s < end_s]
+
+
+def answered_in_period(run: Run) -> list[Record]:
+    """The requests that were answered in the period."""
+    start_s, end_s = period_of(run)
+    # With everything counted the period ends with the last answer.
+    whole = run.load.mode == "loadgen" or not run.windows
+    return [r for r in run.records if not r.error and start_s <= r.done_s and (whole or r.done_s < end_s)]
 
 
 def window_figures(records: Sequence[Record], window: Window) -> WindowFigures:

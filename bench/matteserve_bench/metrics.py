@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from matteserve_bench.figures import due_in_period, latency_figures, period_of
+from matteserve_bench.figures import answered_in_period, due_in_period, latency_figures, period_of
 from matteserve_bench.hardware import Roofline, roofline_of
 from matteserve_bench.records import WINDOWS, Load, Record, Run, ServerStatistics, Window
 from matteserve_bench.validity import Verdict, judge
@@ -89,9 +89,7 @@ def summarise(
     start_s, end_s = period_of(run)
     seconds = end_s - start_s
     due = due_in_period(run)
-    answered = [
-        r for r in run.records if not r.error and (not run.windows or start_s <= r.done_s < end_s)
-    ]  # fmt: skip
+    answered = answered_in_period(run)
     images = sum(record.rows for record in answered)
     images_per_s = images / seconds if seconds > 0 else math.nan
     failed = Counter(record.error for record in due if record.error)

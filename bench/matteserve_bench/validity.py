@@ -137,9 +137,7 @@ def _judge_client(run: Run, due: Sequence[Record], reasons: list[str], notes: li
     if run.load.mode == "closed" and run.load.concurrency and due:
         gap = gap_share(run)
         if gap > CLIENT_GAP_SHARE:
-            reasons.append(
-                f"the client was the bottleneck: {gap:.0%} of the time a place was empty, between an answer and the next"
-            )
+            reasons.append(f"the client was the bottleneck: {gap:.0%} of the time a place was empty after an answer")
     if run.load.mode == "open" and due:
         sent = sorted(1000 * (r.sent_s - r.due_s) for r in due if r.error != NOT_SENT)
         latency = latency_figures(due)
