@@ -123,7 +123,7 @@ def to_json(runs: Sequence[Run], summaries: Sequence[Summary]) -> dict[str, Any]
     for run, summary in zip(runs, summaries, strict=True):
         if run.header not in environments:
             environments.append(run.header)
-        values = _finite(asdict(summary))
+        values = finite(asdict(summary))
         load = values.pop("load")
         results.append({"environment": environments.index(run.header), **load, **values, "extra": dict(run.extra)})
     return {"environments": environments, "results": results}
@@ -192,12 +192,12 @@ def _maybe(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -44,7 +44,7 @@ _ENTRIES = {
     "export": _Entry(
         "matteserve_export.cli:export", "Turn weights into a served model.", "export", ("onnx", "onnxruntime", "torch")
     ),
-    "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server."),
+    "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server.", "bench", ("psutil",)),
 }
 
 
