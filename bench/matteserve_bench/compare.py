@@ -69,14 +69,18 @@ class Comparison:
         pace_b: B's.
         paired: The runs took turns.
         changes: One for each figure.
-        invalid: Why runs among them are INVALID, each reason once.
+        runs: Runs on both sides.
+        invalid: How many of them are INVALID.
+        reason: Why the first of those is; empty if none is.
     """
 
     pace_a: str
     pace_b: str
     paired: bool
     changes: tuple[Change, ...]
-    invalid: tuple[str, ...]
+    runs: int
+    invalid: int
+    reason: str
 
 
 def bootstrap_ratio(
@@ -168,7 +172,10 @@ def format_comparisons(runs_a: Sequence[Run], runs_b: Sequence[Run], comparisons
             lines.append("Note: the runs did not take turns, as those of `bench ab` do: the machine's drift is in it.")
         elif samples < FEWEST_TURNS:
             lines.append(f"Note: {samples} turns are few, {FEWEST_TURNS} or more make the interval believable.")
-        lines += [f"Note: among the runs: INVALID: {reason}" for reason in comparison.invalid]
+        if comparison.invalid:
+            lines.append(
+                f"Note: {comparison.invalid} of {comparison.runs} runs are INVALID, the first: {comparison.reason}"
+            )
     return "\n".join(lines)
 
 
@@ -232,8 +239,10 @@ def _compare(
             ratio, low, high = bootstrap_ratio(a, b, paired=paired)
             centre_a, centre_b = (math.exp(math.fsum(map(math.log, side)) / len(side)) for side in (a, b))
             changes.append(Change(metric, centre_a, centre_b, ratio, low, high, min(len(a), len(b))))
-    reasons = [reason for run in (*runs_a, *runs_b) for reason in summarise(run).verdict.reasons]
-    return Comparison(runs_a[0].load.pace, runs_b[0].load.pace, paired, tuple(changes), tuple(dict.fromkeys(reasons)))
+    verdicts = [summarise(run).verdict for run in (*runs_a, *runs_b)]
+    wrong = [verdict.reasons[0] for verdict in verdicts if not verdict.valid]
+    paces = runs_a[0].load.pace, runs_b[0].load.pace
+    return Comparison(*paces, paired, tuple(changes), len(verdicts), len(wrong), wrong[0] if wrong else "")
 
 
 def _load_differences(a: Load, b: Load) -> Iterator[tuple[str, Any, Any]]:

@@ -16,11 +16,13 @@ from matteserve_client._images import load_picture
 from matteserve_client._preprocess import image_tensor
 
 POOL_SIZE = 16
+PICTURE_SIZE = (853, 1280)
+"""(height, width) of generated pictures: 1.1 megapixels."""
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def load_pictures(
-    directory: Path | None, *, count: int = POOL_SIZE, size: tuple[int, int] = (853, 1280)
+    directory: Path | None, *, count: int = POOL_SIZE, size: tuple[int, int] = PICTURE_SIZE
 ) -> list[bytes]:
     """Encoded pictures: those of a directory, or generated JPEGs.
 

@@ -274,10 +274,8 @@ def compare_opinions(ours: Sequence[Summary], theirs: Opinion) -> Agreement:
             f"{sum(batches) / len(batches):.2f} for us"
         )
     client = [summary.client_cpu for summary in ours if summary.client_cpu]
-    if client and theirs.client_cpu > 1.5 * max(client):
-        reasons.append(f"perf_analyzer took {theirs.client_cpu:.2f} cores, we {max(client):.2f}")
-    elif client and theirs.client_cpu < max(client) / 1.5:
-        reasons.append(f"we took {max(client):.2f} cores, perf_analyzer {theirs.client_cpu:.2f}")
+    if client and abs(theirs.client_cpu - max(client)) > 0.3:
+        reasons.append(f"the load generators took {max(client):.2f} cores (ours) and {theirs.client_cpu:.2f}")
     return Agreement(False, *off, tuple(dict.fromkeys(reasons)) or ("no reason found",))
 
 
@@ -352,7 +350,7 @@ def _starts(binary: Path, libraries: Path | None) -> bool:
         )
     except OSError:
         return False
-    return done.returncode == 0 and b"Perf Analyzer" in done.stdout
+    return done.returncode == 0
 
 
 def _library_in(root: Path, name: str) -> Path | None:

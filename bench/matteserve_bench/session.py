@@ -19,7 +19,7 @@ from matteserve_bench.environment import describe_environment
 from matteserve_bench.generator import ClosedLoop, LoadGenerator, OpenLoop
 from matteserve_bench.observer import Observer
 from matteserve_bench.pacing import arrival_times
-from matteserve_bench.payloads import POOL_SIZE, load_pictures, tensors_of
+from matteserve_bench.payloads import PICTURE_SIZE, POOL_SIZE, load_pictures, tensors_of
 from matteserve_bench.records import WINDOWS, Load, Record, RecordWriter, Run, TransportName, What, Window
 from matteserve_bench.targets import ImageTarget, SharedMemoryTarget, Target, TensorTarget
 from matteserve_bench.triton import TritonServer
@@ -100,7 +100,9 @@ class Session:
                     f"{setup.rows} were asked for"
                 )
             self.engine = self.server.engine_of(setup.model)
-            self.pictures = load_pictures(setup.images, count=setup.pool)
+            # Pictures that only become tensors need not be larger than those.
+            size = PICTURE_SIZE if setup.what == "images" else (self.contract.height, self.contract.width)
+            self.pictures = load_pictures(setup.images, count=setup.pool, size=size)
             self.observer = Observer(self.server, self.engine, metrics_url=setup.metrics_url or _default_metrics(setup))
         except BaseException:
             self.close()
