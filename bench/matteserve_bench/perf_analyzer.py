@@ -182,6 +182,7 @@ def ask(session: Session, load: Load, binary: Path, libraries: Path | None) -> O
             "--shared-memory", "system" if load.transport == "shm" else "none",
         ]  # fmt: skip
         settled = True
+        session.release()  # at its end it unregisters every shared memory of the server, ours too
         session.progress(f"{load.model}: perf_analyzer, {load.pace} ...")
         session.observer.begin(0.0)
         run = _run([*command, "--stability-percentage", f"{100 * load.stability:g}"], libraries, session.stop)
@@ -251,7 +252,12 @@ def compare_opinions(ours: Sequence[Summary], theirs: Opinion) -> Agreement:
     Args:
         ours: At least one of our runs of the same load.
         theirs: What perf_analyzer found.
+
+    Raises:
+        ToolError: Nothing was answered in one of our runs.
     """
+    if unanswered := [summary for summary in ours if not summary.latency_ms]:
+        raise ToolError(f"nothing to compare: none of our requests was answered ({unanswered[0].errors})")
     throughput = [summary.images_per_s for summary in ours]
     median = [summary.latency_ms["p50"] for summary in ours]
     off = (

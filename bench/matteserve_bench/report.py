@@ -81,9 +81,9 @@ def format_verdict(summary: Summary) -> str:
         return f"INVALID ({'; '.join(verdict.reasons)})"
     facts = []
     if verdict.deviation is not None:
-        facts.append(f"{WINDOWS} windows within {summary.load.stability:.0%}, at most {verdict.deviation:.1%} off")
+        facts.append(f"{WINDOWS} windows within {summary.load.stability:.0%}, the worst {verdict.deviation:.1%} off")
     if summary.client_cpu is not None:
-        facts.append(f"client CPU {summary.client_cpu:.0%} of a core")
+        facts.append(f"client {summary.client_cpu:.0%} of a core")
     return f"VALID ({'; '.join(facts)})" if facts else "VALID"
 
 

@@ -116,10 +116,14 @@ class Session:
 
     def close(self) -> None:
         """Release everything; may be called twice."""
+        self.release()
+        self.server.close()
+
+    def release(self) -> None:
+        """Close what requests go through; the next load makes it anew."""
         for target in self._targets.values():
             target.close()
         self._targets = {}
-        self.server.close()
 
     def header(self) -> dict[str, Any]:
         """The header for records of this session."""

@@ -174,11 +174,10 @@ class SharedMemoryTarget(TensorTarget):
     ) -> None:
         self._regions: list[shared_memory.SharedMemory] = []
         self._registered: list[str] = []
-        self._cleanup = contextlib.ExitStack()
-        super().__init__(address, model, tensors, contract, channels=channels, timeout_s=timeout_s)
-        self._least_answer = 0
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[0])
         try:
+            super().__init__(address, model, tensors, contract, channels=channels, timeout_s=timeout_s)
+            self._least_answer = 0
+            self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[0])
             for region in self._regions:
                 self._register(region)
         except BaseException:
@@ -220,13 +219,13 @@ class SharedMemoryTarget(TensorTarget):
         name = f"matteserve-bench-{os.getpid()}-{secrets.token_hex(4)}-{purpose}"
         try:
             region = shared_memory.SharedMemory(name, create=True, size=size)
+            self._regions.append(region)
             os.posix_fallocate(region._fd, 0, size)  # type: ignore[attr-defined]  # else a full /dev/shm is a SIGBUS
         except OSError as exc:
             raise TargetError(
                 f"no room for {size / 2**20:.0f} MiB in /dev/shm ({exc.strerror}); use --transport grpc, a smaller "
                 "pool, or Docker's --shm-size"
             ) from exc
-        self._regions.append(region)
         return region
 
     def _register(self, region: shared_memory.SharedMemory) -> None:

@@ -89,7 +89,7 @@ def test_nothing_in_common() -> None:
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    """200 experiments of 12 pairs with a true ratio of 1.10 and noise of 5 %: a 95 % interval holds it in 85 to 99 %."""
+    """200 experiments of 12 pairs, a ratio of 1.10 and noise of 5 %: a 95 % interval has it in 85 to 99 % of them."""
     generator = np.random.default_rng(0)
     hits = 0
     for seed in range(200):
