@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from matteserve_bench._errors import RecordsError
 from matteserve_bench.cli_compare import ab, compare_command, perf_analyzer_command
 from matteserve_bench.cli_options import (
     INTERRUPTED,
@@ -23,7 +24,7 @@ from matteserve_bench.cli_options import (
     setup_of,
 )
 from matteserve_bench.loadgen import SCENARIOS, LoadGenSettings, Scenario, run_loadgen
-from matteserve_bench.records import Arrivals, read_records
+from matteserve_bench.records import Arrivals, Run, read_records
 from matteserve_bench.report import to_csv
 from matteserve_bench.sweep import ConcurrencySearch, RateSearch, sweep
 
@@ -205,7 +206,16 @@ def report_command(
     report = report_of(values)
     if as_csv and report.as_json:
         raise click.UsageError("--csv and --json exclude each other")
-    runs = [run for path in paths for run in read_records(path) if run.records]
+    runs: list[Run] = []
+    for path in paths:
+        try:
+            runs += [run for run in read_records(path) if run.records]
+        except RecordsError as exc:
+            if len(paths) == 1:
+                raise
+            click.echo(f"left out: {exc}", err=True)
+    if not runs:
+        raise RecordsError(f"nothing to report: no request was recorded in {', '.join(map(str, paths))}")
     if html_path is not None:
         from matteserve_bench.html import to_html
 

@@ -79,9 +79,11 @@ class LoadGenerator:
         done_s = self.now()
         if outcome.sent_s is not None:
             sent_s = outcome.sent_s - self._began
+        # Microseconds, as in the file: a report is the same before and after.
         record = Record(
-            due_s, sent_s, done_s, outcome.error, self._target.rows, outcome.bytes_out, outcome.bytes_in, outcome.stages
-        )
+            round(due_s, 6), round(sent_s, 6), round(done_s, 6), outcome.error, self._target.rows, outcome.bytes_out,
+            outcome.bytes_in, outcome.stages,
+        )  # fmt: skip
         with self._lock:
             self._records.append(record)
             self._outstanding -= 1
@@ -166,8 +168,8 @@ class OpenLoop(LoadGenerator):
             if self._stopped.is_set():
                 return
             if self._outstanding >= self._max_outstanding:
-                now = self.now()
+                now = round(self.now(), 6)
                 with self._lock:
-                    self._records.append(Record(due_s, now, now, NOT_SENT, self._target.rows))
+                    self._records.append(Record(round(due_s, 6), now, now, NOT_SENT, self._target.rows))
             else:
                 self._fire(due_s)

@@ -100,7 +100,7 @@ def test_our_own_runs_may_be_the_reason() -> None:
 
 
 def test_nothing_was_answered() -> None:
-    with pytest.raises(ToolError, match="none of our requests was answered .*InferenceError"):
+    with pytest.raises(ToolError, match=r"none of our requests was answered .*InferenceError"):
         pa.compare_opinions(ours(change=failing(1, "InferenceError")), opinion())
 
 
