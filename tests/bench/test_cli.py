@@ -56,7 +56,7 @@ def test_a_server_that_is_too_slow_is_reported_so(bench_server: EmbeddedServer, 
     """No coordinated omission: asked for five times what it can do, nearly everyone waits, and the report says so."""
     arguments = ["--model", "slow", "--max-windows", "3"]
     (closed,) = run_json(bench_server, tmp_path / "closed.jsonl", *arguments, "--concurrency", "1")
-    capacity = 1000 / closed["latency_ms"]["min"]  # it takes one request at a time
+    capacity = 2000 / closed["latency_ms"]["min"]  # it takes two requests at a time
     (opened,) = run_json(bench_server, tmp_path / "open.jsonl", *arguments, "--rate", f"{5 * capacity + 1:.1f}")
     # After a second four of five requests still wait: the median one waits for about two seconds.
     assert opened["latency_ms"]["p50"] > max(10 * closed["latency_ms"]["min"], 500)
@@ -69,7 +69,7 @@ def test_a_server_that_is_too_slow_is_reported_so(bench_server: EmbeddedServer, 
 def test_a_server_that_fails_is_reported_so(bench_server: EmbeddedServer, tmp_path: Path) -> None:
     """Its queue holds one request: some of those that arrive together are refused."""
     (result,) = run_json(
-        bench_server, tmp_path / "r.jsonl", "--model", "full", "--concurrency", "4", "--max-windows", "3"
+        bench_server, tmp_path / "r.jsonl", "--model", "full", "--concurrency", "16", "--max-windows", "3"
     )
     assert list(result["errors"]) == ["ServerOverloadedError"]
     assert result["success"] == pytest.approx(1 - result["errors"]["ServerOverloadedError"] / result["requests"])

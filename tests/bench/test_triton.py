@@ -113,13 +113,13 @@ def test_statistics_and_environment_of_the_real_server(bench_server: EmbeddedSer
     assert header["server"]["local"] is True
     assert header["model"]["engine_name"] == "tiny_onnx_fp32"
     assert header["model"]["dynamic_batching"]["max_queue_size"] == 10_000
-    assert header["model"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
+    assert header["model"]["instance_group"] == [{"kind": "KIND_CPU", "count": 2}]
     import onnxruntime
 
     assert header["server"]["software"] == {"ONNX Runtime": onnxruntime.__version__}
     text = format_environment(header)
     assert "client and server on one machine; Triton 2.51.0; ONNX Runtime" in text
-    assert "tiny -> tiny_onnx_fp32; red onnx fp32, 32x32; batch <= 8, batcher delay 1000 us; instances 1 CPU" in text
+    assert "tiny -> tiny_onnx_fp32; red onnx fp32, 32x32; batch <= 8, batcher delay 1000 us; instances 2 CPU" in text
     with pytest.raises(ModelNotFoundError, match="not loaded"):
         server.config("nothing")
     server.close()
