@@ -1,7 +1,7 @@
 """Whether a figure may be quoted: the rules, each with its reason.
 
 A run is INVALID when it did not settle, when the load generator and not the server set the pace, when too many
-requests failed, when others used the server meanwhile, or when it was interrupted.
+requests failed, when others used the server or its machine meanwhile, or when it was interrupted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ BUSY_MACHINE = 0.95
 CLIENT_GAP_SHARE = 0.05
 """Share of the time that a closed loop's places may be empty: between an answer and the next request."""
 OTHERS_SHARE = 0.05
+"""Images beyond ours that the server may have inferred, as a share of ours."""
+OTHER_PROCESSES_SHARE = 0.25
+"""Share of the cores of the server's machine, if it is this one, that processes besides client and server may use."""
 
 
 @dataclass(frozen=True)
@@ -184,5 +187,8 @@ def _judge_others(run: Run, reasons: list[str], notes: list[str]) -> None:
             for window in local
         ]
         mean = math.fsum(others) / len(others)
-        if mean > 0.1 * local[0].machine_cores:
-            notes.append(f"other processes kept {mean:.1f} of {local[0].machine_cores} cores busy")
+        said = f"other processes kept {mean:.1f} of {local[0].machine_cores} cores busy"
+        if mean > OTHER_PROCESSES_SHARE * local[0].machine_cores:
+            reasons.append(said)
+        elif mean > 0.1 * local[0].machine_cores:
+            notes.append(said)

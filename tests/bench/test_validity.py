@@ -117,11 +117,16 @@ def test_others_on_the_server() -> None:
     assert judge(run).reasons == ("others used the model: it inferred 600 images, 300 of them ours",)
 
 
+def test_others_on_the_machine() -> None:
+    assert judge(steady(machine_cpu=0.9)).reasons == ("other processes kept 0.9 of 2 cores busy",)
+    assert judge(steady(machine_cpu=1.0, server_cpu=None)).valid  # the server runs elsewhere
+
+
 def test_notes_do_not_make_a_run_invalid() -> None:
-    run = steady(server=None, machine_cpu=1.0)
+    run = steady(server=None, machine_cpu=0.6)
     assert judge(run).notes == (
         "the server's statistics could not be read",
-        "other processes kept 1.1 of 2 cores busy",
+        "other processes kept 0.3 of 2 cores busy",
     )
     assert judge(run).valid
     few = judge(steady(interval_s=0.4, latency_s=0.4))
