@@ -1,6 +1,26 @@
 """Load tests of a running server: records first, reports from records."""
 
-from matteserve_bench.closed_loop import ClosedLoop, run_closed_loop
-from matteserve_bench.metrics import Record, Summary, summarise
+from matteserve_bench._errors import BenchError, RecordsError, TargetError, ToolError
+from matteserve_bench.metrics import Summary, summarise
+from matteserve_bench.records import Load, Record, RecordWriter, Run, ServerStatistics, Window, read_records
+from matteserve_bench.session import Session, Setup
+from matteserve_bench.validity import Verdict
 
-__all__ = ["ClosedLoop", "Record", "Summary", "run_closed_loop", "summarise"]
+__all__ = [
+    "BenchError",
+    "Load",
+    "Record",
+    "RecordWriter",
+    "RecordsError",
+    "Run",
+    "ServerStatistics",
+    "Session",
+    "Setup",
+    "Summary",
+    "TargetError",
+    "ToolError",
+    "Verdict",
+    "Window",
+    "read_records",
+    "summarise",
+]

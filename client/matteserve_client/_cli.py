@@ -59,7 +59,7 @@ _ENTRIES = {
         "export",
         ("onnx", "onnxruntime", "onnxslim"),
     ),
-    "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server."),
+    "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server.", "bench", ("psutil",)),
 }
 
 

@@ -1,0 +1,28 @@
+"""What measuring can raise on purpose.
+
+::
+
+    MatteserveError
+    └── BenchError
+        ├── RecordsError          a file of records is missing, damaged or empty
+        ├── TargetError           the server does not take the load in the way that was asked for
+        └── ToolError             LoadGen or perf_analyzer is missing, or failed
+"""
+
+from matteserve_client import MatteserveError
+
+
+class BenchError(MatteserveError):
+    """Base of everything that measuring raises."""
+
+
+class RecordsError(BenchError):
+    """A file of records is missing, damaged or empty."""
+
+
+class TargetError(BenchError):
+    """The server does not take the load in the way that was asked for."""
+
+
+class ToolError(BenchError):
+    """A program or library of others is missing, or failed."""
