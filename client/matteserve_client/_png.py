@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,20 @@ _FILTER_UP = 2
 _STRIP_BYTES = 1 << 18
 
 
-def write_png(image: Image.Image, alpha: Image.Image | None = None, icc_profile: bytes | None = None) -> bytes:
+def write_png(
+    image: Image.Image,
+    alpha: Image.Image | None = None,
+    icc_profile: bytes | None = None,
+    *,
+    compressor: Callable[[], Any] = lambda: _deflate.compressobj(1),
+) -> bytes:
     """Encode a picture as PNG, without a copy of the whole in between.
 
     Args:
         image: Mode "L", "RGB", "LA" or "RGBA"; "RGB" if `alpha` is given.
         alpha: Mode "L", straight alpha of the same size.
         icc_profile: Profile of the colours, to be stored with them.
+        compressor: Makes what deflates: an object with the methods of `zlib.compressobj()`.
 
     Raises:
         ValueError: Another mode, or sizes that differ.
@@ -50,11 +57,11 @@ def write_png(image: Image.Image, alpha: Image.Image | None = None, icc_profile:
     parts = [b"\x89PNG\r\n\x1a\n", *_chunk(b"IHDR", header)]
     if icc_profile:
         parts += _chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile))
-    compressor = _deflate.compressobj(1)
+    stream = compressor()
     for rows in _filtered_strips(image, alpha):
-        if deflated := compressor.compress(rows):
+        if deflated := stream.compress(rows):
             parts += _chunk(b"IDAT", deflated)
-    parts += _chunk(b"IDAT", compressor.flush())
+    parts += _chunk(b"IDAT", stream.flush())
     parts += _chunk(b"IEND", b"")
     return b"".join(parts)
 

@@ -22,7 +22,7 @@ _GRAIN = (
 )  # standard deviations in 8-bit levels: of brightness and of each colour; then a JPEG has 0.3 bytes a pixel
 
 # Megapixels and how many pictures of each: what web shops and phones send, and a few of a camera's largest.
-_MIX = ((0.3, 8), (0.8, 8), (2.0, 7), (5.0, 4), (12.0, 4), (24.0, 1))
+MIX = ((0.3, 10), (0.8, 12), (2.0, 6), (5.0, 2), (12.0, 1), (24.0, 1))
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,34 @@ class PictureFile:
         return self.height * self.width / 1e6
 
 
-def make_pictures(folder: Path, mix: tuple[tuple[float, int], ...] = _MIX) -> list[PictureFile]:
-    """The pictures, shuffled once and for all; those that `folder` has already are not made again."""
+def make_pictures(folder: Path, mix: tuple[tuple[float, int], ...] = MIX) -> list[PictureFile]:
+    """The pictures, largest first; those that `folder` has already are not made again.
+
+    Largest first, because a run ends when its last picture is done: a large one begun last would measure how one core
+    works while the others have nothing to do.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sizes = [megapixels for megapixels, count in mix for _ in range(count)]
-    order = np.random.default_rng(SEED).permutation(len(sizes))
-    return [_make(folder, int(index), sizes[index]) for index in order]
+    return [_make(folder, index, megapixels) for index, megapixels in reversed(list(enumerate(sizes)))]
+
+
+def some(pictures: list[PictureFile], count: int) -> list[PictureFile]:
+    """So many of the pictures, of all sizes; the largest only if all are taken."""
+    if count >= len(pictures):
+        return pictures
+    smaller = pictures[1:]
+    return [smaller[i * len(smaller) // count] for i in range(count)]
+
+
+def render_cutout(megapixels: float, index: int = 4) -> tuple[Image.Image, Image.Image]:
+    """A picture as a JPEG of it decodes, mode "RGB", and the alpha that its scene was composed with, mode "L"."""
+    from matteserve_export.demo_model.scenes import generate
+
+    height, width = round((megapixels * 1e6 * 3 / 4) ** 0.5), round((megapixels * 1e6 * 4 / 3) ** 0.5)
+    picture = Image.open(io.BytesIO(_encode(_render(index, height, width), "jpg")))
+    picture.load()
+    alpha = Image.fromarray(generate(SEED, index, _SCENE_SIZE).alpha)
+    return picture, alpha.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _make(folder: Path, index: int, megapixels: float) -> PictureFile:
