@@ -58,6 +58,7 @@ class _Encoded(NamedTuple):
 @click.option("--parity", type=click.Choice(["rembg"]), help="Follow rembg's numerics (u2net, u2netp).")
 @click.option("--alpha-only", is_flag=True, help="Write the alpha as a grey picture instead of the cut-out.")
 @click.option("--background", metavar="COLOR", help="Put the cut-out on a colour, e.g. white or '#20a0ff'.")
+@click.option("--clear-transparent", is_flag=True, help="Write black where alpha is 0: smaller, nothing to uncover.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def remove(
     inputs: tuple[str, ...],
@@ -69,6 +70,7 @@ def remove(
     parity: Parity | None,
     alpha_only: bool,
     background: str | None,
+    clear_transparent: bool,
     as_json: bool,
 ) -> None:
     """Cut out pictures on a running server.
@@ -102,7 +104,10 @@ def remove(
 
     def encode(matte: Matte) -> _Encoded:
         try:
-            return _Encoded(matte.size, matte.encode(format_name, alpha_only=alpha_only, background=colour))
+            data = matte.encode(
+                format_name, alpha_only=alpha_only, background=colour, clear_transparent=clear_transparent
+            )
+            return _Encoded(matte.size, data)
         except ValueError as exc:  # larger than the format can be
             return _Encoded(matte.size, b"", str(exc))
 

@@ -26,6 +26,7 @@ SUFFIXES: dict[str, Format] = {
 }
 """Format by file name suffix, in lower case."""
 
+_IS_TRANSPARENT = [255] + [0] * 255  # table over alpha
 _PREDICTOR = 317  # TIFF tag; 2 stores differences of neighbours, which LZW packs to two thirds
 _PILLOW: dict[str, dict[str, Any]] = {
     # `exact` keeps the colours under transparent pixels. Each further step of method or quality doubles the time.
@@ -36,7 +37,12 @@ _PILLOW: dict[str, dict[str, Any]] = {
 
 
 def encode(
-    image: Image.Image, format_name: Format, *, alpha: Image.Image | None = None, icc_profile: bytes | None = None
+    image: Image.Image,
+    format_name: Format,
+    *,
+    alpha: Image.Image | None = None,
+    icc_profile: bytes | None = None,
+    clear_transparent: bool = False,
 ) -> bytes:
     """Encode a picture, or a picture and its alpha as a cut-out.
 
@@ -45,6 +51,7 @@ def encode(
         format_name: See `Format`.
         alpha: Mode "L", straight alpha, same size. The picture's RGB is stored untouched, also where alpha is 0.
         icc_profile: Profile of the colours, stored with them.
+        clear_transparent: Store black where alpha is 0 instead.
 
     Raises:
         ValueError: An unknown format, JPEG for a cut-out, or a picture larger than the format can be.
@@ -55,9 +62,11 @@ def encode(
     if format_name == "jpeg" and (alpha is not None or image.mode == "RGBA"):
         raise ValueError("JPEG has no transparency; write PNG or WebP, or put the cut-out on a colour")
     if format_name == "png":
-        return write_png(image, alpha, icc_profile)
+        return write_png(image, alpha, icc_profile, clear_transparent=clear_transparent)
     if alpha is not None:
         image = with_alpha(image, alpha)
+        if clear_transparent:
+            image.paste(0, mask=alpha.point(_IS_TRANSPARENT))
     stream = io.BytesIO()
     image.save(stream, format_name, icc_profile=icc_profile, **_PILLOW[format_name])
     return stream.getvalue()

@@ -34,6 +34,7 @@ def write_png(
     alpha: Image.Image | None = None,
     icc_profile: bytes | None = None,
     *,
+    clear_transparent: bool = False,
     compressor: Callable[[], Any] = lambda: _deflate.compressobj(1),
 ) -> bytes:
     """Encode a picture as PNG, without a copy of the whole in between.
@@ -42,6 +43,7 @@ def write_png(
         image: Mode "L", "RGB", "LA" or "RGBA"; "RGB" if `alpha` is given.
         alpha: Mode "L", straight alpha of the same size.
         icc_profile: Profile of the colours, to be stored with them.
+        clear_transparent: Store black where alpha is 0.
         compressor: Makes what deflates: an object with the methods of `zlib.compressobj()`.
 
     Raises:
@@ -58,7 +60,7 @@ def write_png(
     if icc_profile:
         parts += _chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc_profile))
     stream = compressor()
-    for rows in _filtered_strips(image, alpha):
+    for rows in _filtered_strips(image, alpha, clear_transparent and mode == "RGBA"):
         if deflated := stream.compress(rows):
             parts += _chunk(b"IDAT", deflated)
     parts += _chunk(b"IDAT", stream.flush())
@@ -66,7 +68,7 @@ def write_png(
     return b"".join(parts)
 
 
-def _filtered_strips(image: Image.Image, alpha: Image.Image | None) -> Iterator[Any]:
+def _filtered_strips(image: Image.Image, alpha: Image.Image | None, clear_transparent: bool) -> Iterator[Any]:
     """The rows of the picture, filtered, each after its filter's number; as a buffer of uint8 that is used again."""
     width, height = image.size
     channels = len(image.getbands()) if alpha is None else 4
@@ -80,6 +82,9 @@ def _filtered_strips(image: Image.Image, alpha: Image.Image | None) -> Iterator[
         if alpha is not None:
             strip.putalpha(alpha.crop(box))
         samples = np.asarray(strip).reshape(box[3] - top, -1)
+        if clear_transparent:
+            pixels = samples.view("<u4")  # alpha is the topmost byte
+            samples = np.where(pixels < 1 << 24, np.uint32(0), pixels).astype("<u4", copy=False).view(np.uint8)
         out = filtered[: len(samples), 1:]
         np.subtract(samples[:1], above, out=out[:1])
         np.subtract(samples[1:], samples[:-1], out=out[1:])
