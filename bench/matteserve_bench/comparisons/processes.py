@@ -147,6 +147,17 @@ def rembg_server(
             process.communicate()
 
 
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU time that some processes and their living descendants have used so far, user and system."""
+    total = 0.0
+    for pid in pids:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 class MemoryWatch:
     """The most memory that some processes and their descendants had at one time, while the `with` block ran.
 

@@ -53,13 +53,13 @@ def rembg_over_http(model: str, port: int) -> Work:
     return work
 
 
-def matteserve(model: str, address: str, parity: str | None = None) -> Work:
+def matteserve(model: str, address: str, parity: str | None = None, clear_transparent: bool = False) -> Work:
     """The client as anybody uses it: encoded picture in, encoded cut-out back."""
     from matteserve_client import Client
 
     client = Client(address, model=model, parity=parity, timeout_s=300)  # type: ignore[arg-type]
     client.contract()
-    return lambda data: client.matte(data).encode()
+    return lambda data: client.matte(data).encode(clear_transparent=clear_transparent)
 
 
 def matteserve_tensors(model: str, address: str) -> Work:
