@@ -278,7 +278,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [
             f"**{model}**",
             "",
-            "| at once | side | images/s | vs. remove() | p50 ms | p99 ms | CPU s/image | peak memory MB | bytes/pixel |",
+            "| at once | side | images/s | vs. remove() | p50 ms | p99 ms | CPU s/image | peak MB | bytes/pixel |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         base = {row["concurrency"]: row for row in result["throughput"] if row["side"] == REMBG}
@@ -286,10 +286,16 @@ def table(results: Mapping[str, Any]) -> str:
             reference = base[row["concurrency"]]
             ratio = row["images_per_s"] / reference["images_per_s"] if reference["images_per_s"] else float("nan")
             failed = f", {len(row['errors'])} failed" if row["errors"] else ""
-            lines.append(
-                f"| {row['concurrency']} | {row['side']}{failed} | {row['images_per_s']:.2f} | {ratio:.2f} | "
-                f"{row['p50_ms']:.0f} | {row['p99_ms']:.0f} | {row['cpu_s_per_image']:.2f} | {row['peak_mb']:.0f} | {row['bytes_per_pixel']:.2f} |"
-            )
+            figures = [
+                f"{row['images_per_s']:.2f}",
+                f"{ratio:.2f}",
+                f"{row['p50_ms']:.0f}",
+                f"{row['p99_ms']:.0f}",
+                f"{row['cpu_s_per_image']:.2f}",
+                f"{row['peak_mb']:.0f}",
+                f"{row['bytes_per_pixel']:.2f}",
+            ]
+            lines.append(f"| {row['concurrency']} | {row['side']}{failed} | {' | '.join(figures)} |")
         lines.append("")
         for mode, found in result["masks"].items():
             lines.append(
