@@ -60,7 +60,11 @@ class Worker:
             text=True,
             env=None if environment is None else dict(environment),
         )
-        self.pid = int(self._read()["pid"])
+        try:
+            self.pid = int(self._read()["pid"])
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
     def run(self, paths: Sequence[Path], concurrency: int, keep: Path | None = None) -> dict[str, Any]:
         """See `worker.run`."""
