@@ -18,11 +18,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-try:
-    from isal import isal_zlib as _deflate
-except ImportError:
-    _deflate = zlib
 
+def _fastest_deflate() -> Any:
+    """The module of the extra [fast] if it is installed, else zlib, whose interface it has."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib
+    return isal_zlib
+
+
+_deflate = _fastest_deflate()
 _COLOUR_TYPES = {"L": 0, "RGB": 2, "LA": 4, "RGBA": 6}
 _FILTER_UP = 2
 # A strip stays in the second-level cache from the crop to the deflate, and is what a picture costs in memory here.

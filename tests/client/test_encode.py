@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import zlib
 from typing import Any
 
@@ -210,3 +211,8 @@ def test_a_matte_without_colours(use: Any) -> None:
     assert decoded(matte.encode(alpha_only=True)).size == (6, 5)
     with pytest.raises(ValueError, match="made with alpha_only=True, so it has no colours; ask again without"):
         use(matte)
+
+
+def test_without_the_extra_zlib_deflates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "isal", None)  # `import isal` then fails
+    assert _png._fastest_deflate() is zlib
