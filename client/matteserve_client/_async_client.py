@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from matteserve_client._postprocess import Matte
 from matteserve_client._preprocess import Parity
 from matteserve_client._protocols import AsyncTransport, ModelStatus, TlsOptions
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -68,15 +69,22 @@ class AsyncClient:
             transport = AsyncGrpcTransport(address, tls=tls)
         self._transport = transport
 
-    async def matte(self, image: ImageSource, *, model: str | None = None, timeout_s: float | None = None) -> Matte:
+    async def matte(
+        self,
+        image: ImageSource,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        alpha_only: bool = False,
+    ) -> Matte:
         """See `Client.matte`."""
-        return await self._drive(self._core.matte(image, model, timeout_s))
+        return await self._drive(self._core.matte(image, model, timeout_s, alpha_only))
 
     async def alpha(
         self, image: ImageSource, *, model: str | None = None, timeout_s: float | None = None
     ) -> NDArray[np.float32]:
         """See `Client.alpha`: shape (H, W), float32 in [0, 1]."""
-        matte = await self.matte(image, model=model, timeout_s=timeout_s)
+        matte = await self.matte(image, model=model, timeout_s=timeout_s, alpha_only=True)
         return await asyncio.to_thread(lambda: matte.alpha)
 
     async def remove(
@@ -86,6 +94,7 @@ class AsyncClient:
         matte = await self.matte(image, model=model, timeout_s=timeout_s)
         return await asyncio.to_thread(matte.cutout)
 
+    @overload
     def remove_many(
         self,
         images: Iterable[ImageSource] | AsyncIterable[ImageSource],
@@ -93,13 +102,39 @@ class AsyncClient:
         in_flight: int = 8,
         model: str | None = None,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Image.Image | MatteserveError]:
+        alpha_only: bool = False,
+    ) -> AsyncIterator[Image.Image | MatteserveError]: ...
+
+    @overload
+    def remove_many(
+        self,
+        images: Iterable[ImageSource] | AsyncIterable[ImageSource],
+        *,
+        in_flight: int = 8,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        alpha_only: bool = False,
+        output: Callable[[Matte], R],
+    ) -> AsyncIterator[R | MatteserveError]: ...
+
+    def remove_many(
+        self,
+        images: Iterable[ImageSource] | AsyncIterable[ImageSource],
+        *,
+        in_flight: int = 8,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        alpha_only: bool = False,
+        output: Callable[[Matte], Any] = Matte.cutout,
+    ) -> AsyncIterator[Any]:
         """See `Client.remove_many`; `images` may be an asynchronous iterable too."""
         if in_flight < 1:
             raise ValueError(f"in_flight is {in_flight}, must be at least 1")
         self._core.timeout(timeout_s)
         source = aiter(images) if isinstance(images, AsyncIterable) else _as_async(images)
-        return self._many(source, in_flight, lambda image: self._core.matte(image, model, timeout_s))
+        return self._many(
+            source, in_flight, lambda image: self._core.matte(image, model, timeout_s, alpha_only), output
+        )
 
     async def contract(self, model: str | None = None, *, timeout_s: float | None = None) -> ModelContract:
         """See `Client.contract`."""
@@ -160,20 +195,24 @@ class AsyncClient:
                 return await self._transport.server_ready(timeout_s=timeout_s)
 
     async def _many(
-        self, images: AsyncIterator[ImageSource], in_flight: int, start: Callable[[ImageSource], Steps[Matte]]
-    ) -> AsyncIterator[Image.Image | MatteserveError]:
+        self,
+        images: AsyncIterator[ImageSource],
+        in_flight: int,
+        start: Callable[[ImageSource], Steps[Matte]],
+        output: Callable[[Matte], R],
+    ) -> AsyncIterator[R | MatteserveError]:
         gates = _Gates(in_flight)
 
-        async def remove(image: ImageSource) -> Image.Image | MatteserveError:
+        async def remove(image: ImageSource) -> R | MatteserveError:
             try:
                 matte = await self._drive(start(image), gates)
                 async with gates.cpu:
-                    return await asyncio.to_thread(matte.cutout)
+                    return await asyncio.to_thread(output, matte)
             except MatteserveError as error:
                 return error
 
         size = in_flight + CPU_WORKERS
-        slots: deque[asyncio.Task[Image.Image | MatteserveError]] = deque()
+        slots: deque[asyncio.Task[R | MatteserveError]] = deque()
         broken: Exception | None = None
         try:
             while True:

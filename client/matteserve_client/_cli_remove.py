@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
-from matteserve_client._client import CPU_WORKERS, DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
+from matteserve_client._client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Client
+from matteserve_client._encode import SUFFIXES
 from matteserve_client._errors import MatteserveError
 from matteserve_client._images import ImageSource
+from matteserve_client._postprocess import Matte
 from matteserve_client._preprocess import Parity
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 _STDIO = "-"
-# How each output format is written: nothing of the picture's RGB is lost under a transparent pixel.
-_WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
-    ".webp": ("WEBP", {"lossless": True, "exact": True}),
-    ".tif": ("TIFF", {"compression": "tiff_lzw"}),
-    ".tiff": ("TIFF", {"compression": "tiff_lzw"}),
-    ".jpg": ("JPEG", {"quality": 95}),
-    ".jpeg": ("JPEG", {"quality": 95}),
-}
 
 
 @dataclass
@@ -50,6 +40,14 @@ class _Job:
         return {"input": self.source, "output": output, "height": height, "width": width, "error": self.error}
 
 
+class _Encoded(NamedTuple):
+    """A picture that is ready to be written, or why it could not be encoded."""
+
+    size: tuple[int, int]  # (height, width)
+    data: bytes
+    error: str = ""
+
+
 @click.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", metavar="FILE|DIR", help="Where to write; by its suffix PNG, WebP, TIFF or JPEG.")
@@ -60,6 +58,7 @@ class _Job:
 @click.option("--parity", type=click.Choice(["rembg"]), help="Follow rembg's numerics (u2net, u2netp).")
 @click.option("--alpha-only", is_flag=True, help="Write the alpha as a grey picture instead of the cut-out.")
 @click.option("--background", metavar="COLOR", help="Put the cut-out on a colour, e.g. white or '#20a0ff'.")
+@click.option("--clear-transparent", is_flag=True, help="Write black where alpha is 0: smaller, nothing to uncover.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def remove(
     inputs: tuple[str, ...],
@@ -71,6 +70,7 @@ def remove(
     parity: Parity | None,
     alpha_only: bool,
     background: str | None,
+    clear_transparent: bool,
     as_json: bool,
 ) -> None:
     """Cut out pictures on a running server.
@@ -100,16 +100,21 @@ def remove(
     except ValueError as exc:
         raise click.BadParameter(str(exc), param_hint="--address") from exc
     todo = [job for job in jobs if job.error is None]
-    saving: deque[Future[None]] = deque()
-    # Encoding a large PNG takes longer than its request: it has threads of its own, and no more pictures than those.
-    with client, ThreadPoolExecutor(CPU_WORKERS) as savers, _progress(todo) as progress:
-        results = client.remove_many(map(_source, todo), in_flight=in_flight)
+    format_name = SUFFIXES[_suffix(jobs[0].target)]  # several outputs are all PNG
+
+    def encode(matte: Matte) -> _Encoded:
+        try:
+            data = matte.encode(
+                format_name, alpha_only=alpha_only, background=colour, clear_transparent=clear_transparent
+            )
+            return _Encoded(matte.size, data)
+        except ValueError as exc:  # larger than the format can be
+            return _Encoded(matte.size, b"", str(exc))
+
+    with client, _progress(todo) as progress:
+        results = client.remove_many(map(_source, todo), in_flight=in_flight, alpha_only=alpha_only, output=encode)
         for job, result in zip(progress, results, strict=False):
-            saving.append(savers.submit(_finish, job, result, alpha_only, colour))
-            if len(saving) > CPU_WORKERS:
-                saving.popleft().result()
-        for saved in saving:
-            saved.result()
+            _finish(job, result)
     _report(jobs, as_json, to_stdout)
 
 
@@ -134,11 +139,11 @@ def _report(jobs: list[_Job], as_json: bool, to_stdout: bool) -> None:
         raise click.ClickException(f"{len(failed)} of {len(jobs)} pictures failed:{lines}")
 
 
-def _parse_colour(background: str | None) -> tuple[int, ...] | None:
+def _parse_colour(background: str | None) -> tuple[int, int, int] | None:
     if background is None:
         return None
     try:
-        return ImageColor.getcolor(background, "RGB")  # type: ignore[return-value]
+        return ImageColor.getrgb(background)[:3]
     except ValueError as exc:
         raise click.BadParameter(
             f"{background!r} is not a colour; e.g. white, '#20a0ff' or 'rgb(32,160,255)'", param_hint="--background"
@@ -162,7 +167,7 @@ def _plan(inputs: tuple[str, ...], output: str | None, kind: str, *, opaque: boo
     if into_folder and output is not None:
         if Path(output).exists() and not Path(output).is_dir():
             raise click.UsageError(f"several inputs need a folder as -o, {output} is a file")
-        if not Path(output).exists() and Path(output).suffix.lower() in _WRITERS:
+        if not Path(output).exists() and _suffix(output) in SUFFIXES:
             raise click.UsageError(f"several inputs need a folder as -o, {output} looks like a file; add a / if not")
     if output is None and (len(sources) > 1 or Path(inputs[0]).is_dir()):
         raise click.UsageError("several inputs, or a folder, need a folder as -o")
@@ -200,11 +205,14 @@ def _target(source: str, output: str | None, kind: str, *, into_folder: bool) ->
 
 
 def _check_suffix(target: str, *, opaque: bool) -> None:
-    suffix = Path(target).suffix.lower()
-    if suffix not in _WRITERS:
-        raise click.UsageError(f"{target}: the suffix must be one of {' '.join(_WRITERS)}")
-    if _WRITERS[suffix][0] == "JPEG" and not opaque:
+    if _suffix(target) not in SUFFIXES:
+        raise click.UsageError(f"{target}: the suffix must be one of {' '.join(SUFFIXES)}")
+    if SUFFIXES[_suffix(target)] == "jpeg" and not opaque:
         raise click.UsageError(f"{target}: JPEG has no transparency; use .png or .webp, or give --background a colour")
+
+
+def _suffix(target: str) -> str:
+    return ".png" if target == _STDIO else Path(target).suffix.lower()
 
 
 def _real(name: str) -> str:
@@ -215,39 +223,26 @@ def _source(job: _Job) -> ImageSource:
     return sys.stdin.buffer.read() if job.source == _STDIO else job.source
 
 
-def _finish(job: _Job, result: Image.Image | MatteserveError, alpha_only: bool, colour: tuple[int, ...] | None) -> None:
+def _finish(job: _Job, result: _Encoded | MatteserveError) -> None:
     if isinstance(result, MatteserveError):
         text = str(result)
         job.error = text if job.source in text else f"{job.source}: {text}"
         return
-    job.size = (result.height, result.width)
-    image = _compose(result, alpha_only, colour)
-    try:
-        _write(image, job.target)
-    except (OSError, ValueError) as exc:  # ValueError: larger than the format can be
-        job.error = f"{job.source}: cannot write {job.target}: {getattr(exc, 'strerror', None) or exc}"
+    job.size = result.size
+    reason = result.error
+    if not reason:
+        try:
+            _write(result.data, job.target)
+        except OSError as exc:
+            reason = exc.strerror or str(exc)
+    if reason:
+        job.error = f"{job.source}: cannot write {job.target}: {reason}"
 
 
-def _compose(cutout: Image.Image, alpha_only: bool, colour: tuple[int, ...] | None) -> Image.Image:
-    if alpha_only:
-        alpha = cutout.getchannel("A")
-        alpha.info = {}  # the picture's profile says nothing about its alpha
-        return alpha
-    if colour is None:
-        return cutout
-    flat = Image.new("RGB", cutout.size, colour)
-    flat.paste(cutout.convert("RGB"), mask=cutout.getchannel("A"))
-    flat.info = dict(cutout.info)
-    return flat
-
-
-def _write(image: Image.Image, target: str) -> None:
-    """Encode, then put the whole file in place at once."""
-    format_name, options = _WRITERS[".png" if target == _STDIO else Path(target).suffix.lower()]
-    encoded = io.BytesIO()
-    image.save(encoded, format_name, icc_profile=image.info.get("icc_profile"), **options)
+def _write(data: bytes, target: str) -> None:
+    """Put the whole file in place at once."""
     if target == _STDIO:
-        sys.stdout.buffer.write(encoded.getbuffer())
+        sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
     path = Path(target)
@@ -255,7 +250,7 @@ def _write(image: Image.Image, target: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # Opened plainly, so that the file gets the permissions that the user's umask gives.
-        partial.write_bytes(encoded.getbuffer())
+        partial.write_bytes(data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

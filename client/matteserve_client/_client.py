@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ DEFAULT_ADDRESS = "127.0.0.1:8001"
 DEFAULT_TIMEOUT_S = 30.0
 CPU_WORKERS = min(4, os.cpu_count() or 1)
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -76,7 +77,14 @@ class Client:
             transport = GrpcTransport(address, tls=tls)
         self._transport = transport
 
-    def matte(self, image: ImageSource, *, model: str | None = None, timeout_s: float | None = None) -> Matte:
+    def matte(
+        self,
+        image: ImageSource,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        alpha_only: bool = False,
+    ) -> Matte:
         """Estimate the alpha of one picture.
 
         Args:
@@ -85,6 +93,9 @@ class Client:
                 multiplies the result.
             model: Model to use; None uses the client's.
             timeout_s: Seconds to wait for the answer; None uses the client's.
+            alpha_only: The colours are not wanted, so the matte has no cut-out. An encoded JPEG of at least four times
+                the model's size is then decoded at a half, a quarter or an eighth, whatever leaves twice the model's
+                size: half the time, and an input that differs by 0.3/255 on average. Not with `parity`.
 
         Returns:
             Alpha, cut-out on demand, and timings.
@@ -97,19 +108,19 @@ class Client:
             InferenceError: The server failed.
             ContractError: The model's configuration was not written by matteserve.
         """
-        return self._drive(self._core.matte(image, model, timeout_s))
+        return self._drive(self._core.matte(image, model, timeout_s, alpha_only))
 
     def alpha(
         self, image: ImageSource, *, model: str | None = None, timeout_s: float | None = None
     ) -> NDArray[np.float32]:
         """Estimate the alpha of one picture.
 
-        Args and errors are those of `matte`.
+        Args and errors are those of `matte` with `alpha_only`; `matte(image).alpha` is that of a full decode.
 
         Returns:
             Alpha, shape (H, W), float32 in [0, 1], at the size of the upright picture.
         """
-        return self.matte(image, model=model, timeout_s=timeout_s).alpha
+        return self.matte(image, model=model, timeout_s=timeout_s, alpha_only=True).alpha
 
     def remove(self, image: ImageSource, *, model: str | None = None, timeout_s: float | None = None) -> Image.Image:
         """Cut out one picture.
@@ -121,6 +132,7 @@ class Client:
         """
         return self.matte(image, model=model, timeout_s=timeout_s).cutout()
 
+    @overload
     def remove_many(
         self,
         images: Iterable[ImageSource],
@@ -128,21 +140,52 @@ class Client:
         in_flight: int = 8,
         model: str | None = None,
         timeout_s: float | None = None,
-    ) -> Iterator[Image.Image | MatteserveError]:
+        alpha_only: bool = False,
+    ) -> Iterator[Image.Image | MatteserveError]: ...
+
+    @overload
+    def remove_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        in_flight: int = 8,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        alpha_only: bool = False,
+        output: Callable[[Matte], R],
+    ) -> Iterator[R | MatteserveError]: ...
+
+    def remove_many(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        in_flight: int = 8,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        alpha_only: bool = False,
+        output: Callable[[Matte], Any] = Matte.cutout,
+    ) -> Iterator[Any]:
         """Cut out many pictures, with several requests on their way, so that the server can batch.
 
-        Pictures are decoded and cut out in threads meanwhile. `images` is read only a few ahead of what was taken
-        from the iterator, so memory stays bounded. Stop early by closing the iterator: requests on their way are
-        given up.
+        Pictures are decoded, and what is wanted of them is made, in threads meanwhile. `images` is read only a few
+        ahead of what was taken from the iterator, so memory stays bounded. Stop early by closing the iterator:
+        requests on their way are given up.
+
+        ::
+
+            for png in client.remove_many(paths, output=Matte.encode): ...
 
         Args:
             images: What `matte` takes, any number of them.
             in_flight: Most requests on their way at once.
             model: Model to use; None uses the client's.
             timeout_s: Seconds to wait for each answer; None uses the client's.
+            alpha_only: See `matte`; `output` must then be one of those that need no colours.
+            output: What to make of each matte, in one of the threads; the cut-out, unless told otherwise.
 
         Yields:
-            For each picture, in order, the cut-out as `remove` returns it, or the error that `remove` would raise.
+            For each picture, in order, its output (as a rule the cut-out as `remove` returns it), or the error that
+            `remove` would raise.
 
         Raises:
             ValueError: `in_flight` is below 1.
@@ -150,7 +193,9 @@ class Client:
         if in_flight < 1:
             raise ValueError(f"in_flight is {in_flight}, must be at least 1")
         self._core.timeout(timeout_s)
-        return self._many(iter(images), in_flight, lambda image: self._core.matte(image, model, timeout_s))
+        return self._many(
+            iter(images), in_flight, lambda image: self._core.matte(image, model, timeout_s, alpha_only), output
+        )
 
     def contract(self, model: str | None = None, *, timeout_s: float | None = None) -> ModelContract:
         """Return the contract of a model; read from the server once, then cached.
@@ -221,20 +266,24 @@ class Client:
                 return self._transport.server_ready(timeout_s=timeout_s)
 
     def _many(
-        self, images: Iterator[ImageSource], in_flight: int, start: Callable[[ImageSource], Steps[Matte]]
-    ) -> Iterator[Image.Image | MatteserveError]:
+        self,
+        images: Iterator[ImageSource],
+        in_flight: int,
+        start: Callable[[ImageSource], Steps[Matte]],
+        output: Callable[[Matte], R],
+    ) -> Iterator[R | MatteserveError]:
         window = _Window(in_flight, CPU_WORKERS)
 
-        def remove(image: ImageSource) -> Image.Image | MatteserveError:
+        def remove(image: ImageSource) -> R | MatteserveError:
             try:
                 matte = self._drive(start(image), window)
                 with window.cpu:
-                    return matte.cutout()
+                    return output(matte)
             except MatteserveError as error:
                 return error
 
         size = in_flight + CPU_WORKERS
-        slots: deque[Future[Image.Image | MatteserveError]] = deque()
+        slots: deque[Future[R | MatteserveError]] = deque()
         broken: Exception | None = None
         # A thread per slot: most of them wait, for their answer or for a place at one of the two gates.
         pool = ThreadPoolExecutor(size, thread_name_prefix="matteserve")

@@ -31,6 +31,10 @@ from matteserve_client._protocols import ModelStatus
 
 T = TypeVar("T")
 
+# Where only the alpha is wanted, a JPEG is decoded no smaller than so many times the model's input: at twice its size
+# the input differs by 0.3/255 on average from that of a full decode, at once its size by 0.5 and in places by 12.
+_MARGIN = 2
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -105,10 +109,16 @@ class Core:
         """The time limit to use, in seconds."""
         return self._timeout_s if timeout_s is None else _check_timeout(timeout_s)
 
-    def matte(self, image: ImageSource, model: str | None, timeout_s: float | None) -> Steps[Matte]:
+    def matte(
+        self, image: ImageSource, model: str | None, timeout_s: float | None, alpha_only: bool = False
+    ) -> Steps[Matte]:
         """Alpha of one picture."""
         limit = self.timeout(timeout_s)
-        picture, decode = yield Compute(lambda: load_picture(image, max_pixels=self._max_pixels))
+        enough: int | None = None
+        if alpha_only and self._parity is None:
+            contract = yield from self.contract(model, timeout_s)
+            enough = _MARGIN * max(contract.height, contract.width)
+        picture, decode = yield Compute(lambda: load_picture(image, max_pixels=self._max_pixels, at_least=enough))
         name = yield from self._name(model, limit)
         for attempt in (1, 2):
             contract = yield from self._contract(name, limit)
@@ -131,7 +141,8 @@ class Core:
         alpha, postprocess = yield Compute(
             lambda: full_size_alpha(self._single(answer, contract, name), picture, contract, parity=self._parity)
         )
-        return Matte(name, Timings(decode, preprocess, request, postprocess), alpha, picture)
+        timings = Timings(decode, preprocess, request, postprocess)
+        return Matte(name, timings, alpha, None if alpha_only else picture)
 
     def contract(self, model: str | None, timeout_s: float | None) -> Steps[ModelContract]:
         """Contract of a model, from the cache or the server."""

@@ -21,7 +21,6 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -50,6 +49,18 @@ _OPENERS: dict[str, Callable[[IO[bytes]], Image.Image]] = {
 }
 FORMATS = tuple(_OPENERS)
 """Image file formats that are read; of an animation or a document of several pages, the first picture."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+_SIDEWAYS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -97,19 +108,21 @@ class Picture:
         image: Mode "RGB". Never written to: it may be the caller's own.
         alpha: Mode "L", straight alpha of the input; None if it is opaque.
         icc_profile: Profile that describes `image`; None means sRGB or unknown.
+        full_size: (height, width) of the picture, where `image` is a smaller decode of it.
     """
 
     image: Image.Image
     alpha: Image.Image | None = None
     icc_profile: bytes | None = None
+    full_size: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.image.height, self.image.width
+        """(height, width) of the picture in pixels."""
+        return self.full_size or (self.image.height, self.image.width)
 
 
-def load_picture(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Picture:
+def load_picture(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS, at_least: int | None = None) -> Picture:
     """Decode a picture, turn it upright and bring it to 8-bit RGB.
 
     EXIF orientation is applied. Palette, grey, 1-bit, CMYK and Lab become RGB (CMYK, Lab and grey through their ICC
@@ -119,12 +132,15 @@ def load_picture(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
     Args:
         source: See `ImageSource`. File objects are read from where they stand, and left open.
         max_pixels: Largest width x height that is decoded; checked before pixels are read.
+        at_least: Side in pixels that is enough: an encoded JPEG is then decoded at 1/2, 1/4 or 1/8 of its size, as
+            long as neither side gets shorter than this. libjpeg leaves out the rest of the inverse transform.
 
     Raises:
         UnsupportedFormatError: An image file of a format outside the allow-list.
         ImageTooLargeError: More pixels than `max_pixels`.
         InvalidImageError: Not an image, damaged, unreadable, or an array of another dtype or shape.
     """
+    full_size: tuple[int, int] | None = None
     with ExitStack() as stack:
         if isinstance(source, np.ndarray):
             what = "image array"
@@ -136,10 +152,19 @@ def load_picture(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -
         else:
             stream, what = _open_stream(source, stack)
             image = _open_image(stream, what, max_pixels)
+            if at_least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+                full_size = image.height, image.width
+                image.draft(None, (at_least, at_least))
+                full_size = None if (image.height, image.width) == full_size else full_size
         _load(image, what)
     # The stream is closed now; Pillow keeps nothing of it once the first frame is loaded.
-    colour, alpha, profile = _colour.to_rgb(_upright(image), what)
-    return Picture(colour, alpha, profile)
+    turn = _turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
+        if full_size is not None and turn in _SIDEWAYS:
+            full_size = full_size[1], full_size[0]
+    colour, alpha, profile = _colour.to_rgb(image, what)
+    return Picture(colour, alpha, profile, full_size)
 
 
 def _open_stream(source: Any, stack: ExitStack) -> tuple[IO[bytes], str]:
@@ -222,16 +247,14 @@ def _load(image: Image.Image, what: str) -> None:
         ) from exc
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a damaged EXIF block counts as none."""
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright by its EXIF orientation; a damaged EXIF block counts as none."""
     try:
-        if image.getexif().get(0x0112, 1) in range(2, 9):
-            return ImageOps.exif_transpose(image)
+        return _TURNS.get(image.getexif().get(0x0112, 1))
     except MemoryError:
         raise
     except Exception:  # a damaged EXIF block is no reason to refuse a picture that decodes
-        return image
-    return image
+        return None
 
 
 def _from_array(array: NDArray[Any], max_pixels: int) -> Image.Image:

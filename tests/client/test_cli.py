@@ -77,6 +77,27 @@ def test_output_format_by_suffix(run: Any, photo: Path, suffix: str) -> None:
         assert image.info["icc_profile"] == SRGB
 
 
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+def test_clear_transparent(run: Any, photo: Path, suffix: str) -> None:
+    holes = PHOTO.copy()
+    holes[5:15, 5:15, 1] = 0  # the model of these tests takes green for alpha
+    Image.fromarray(holes).save(photo)
+    output = photo.with_name(f"out{suffix}")
+    assert run("remove", photo, "-o", output, "--clear-transparent").exit_code == 0
+    expected = np.dstack([holes, holes[..., 1]])
+    expected[holes[..., 1] == 0] = 0
+    np.testing.assert_array_equal(pixels(output), expected)
+
+
+def test_a_picture_too_large_for_its_format(run: Any, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (16_384, 2)).save(wide)
+    result = run("remove", wide, "-o", tmp_path / "wide.webp")
+    assert result.exit_code == 1
+    assert f"{wide}: cannot write {tmp_path / 'wide.webp'}: encoding error" in result.stderr
+    assert not (tmp_path / "wide.webp").exists()
+
+
 def test_jpeg_needs_a_background(run: Any, photo: Path) -> None:
     output = photo.with_name("flat.jpg")
     result = run("remove", photo, "-o", output)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import io
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +26,17 @@ from matteserve_client import (
     InferenceError,
     InvalidImageError,
     InvalidRequestError,
+    Matte,
     MatteserveError,
+    ModelContract,
     ModelNotFoundError,
     ModelStatus,
     ServerOverloadedError,
     ServerUnavailableError,
 )
 from matteserve_client._client import CPU_WORKERS
+from matteserve_client._images import load_picture
+from matteserve_client._preprocess import image_tensor
 
 RNG = np.random.default_rng(11)
 
@@ -97,6 +103,44 @@ def test_matte_and_timings(ask: Asked, fake: Any) -> None:
     assert all(0 <= seconds < 5 for seconds in dataclasses.astuple(matte.timings))
     with pytest.raises(dataclasses.FrozenInstanceError):
         matte.model = "other"
+
+
+def smooth_jpeg(height: int, width: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(photo(6, 8)).resize((width, height), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def test_alpha_only_has_no_cutout_and_follows_the_full_decode(fake: Any) -> None:
+    data = smooth_jpeg(480, 640)  # twenty times the model's size
+    with Client(transport=fake) as client:
+        full, matte, alpha = client.matte(data), client.matte(data, alpha_only=True), client.alpha(data)
+    assert matte.size == full.size == (480, 640)
+    assert np.abs(matte.alpha - full.alpha).max() < 6 / 255
+    assert 0 < np.abs(matte.alpha - full.alpha).mean() < 1 / 255
+    with pytest.raises(ValueError, match="made with alpha_only=True"):
+        matte.cutout()
+    np.testing.assert_array_equal(alpha, matte.alpha)
+
+
+def test_alpha_only_sends_what_a_smaller_decode_gives(ask: Asked, fake: Any) -> None:
+    data = smooth_jpeg(480, 640)
+    sent: list[Any] = []
+
+    def answer(images: Any) -> Any:
+        sent.append(images)
+        return images[..., 1]
+
+    fake.answer = answer
+    assert ask(lambda client: client.alpha(data)).shape == (480, 640)
+    contract = ModelContract.from_config(fake.configs["demo"])
+    np.testing.assert_array_equal(sent[0], image_tensor(load_picture(data, at_least=2 * 32), contract))
+
+
+def test_parity_never_decodes_smaller(fake: Any) -> None:
+    data = smooth_jpeg(480, 640)
+    with Client(transport=fake, parity="rembg") as client:
+        np.testing.assert_array_equal(client.alpha(data), client.matte(data).alpha)
 
 
 def test_bad_picture_sends_nothing(ask: Asked, fake: Any) -> None:
@@ -366,6 +410,43 @@ def test_async_remove_many_is_lazy_and_bounded(async_fake: Any) -> None:
     asyncio.run(run())
 
 
+def test_remove_many_makes_what_is_asked_for(ask: Asked) -> None:
+    images = [flat(value) for value in range(9)]
+    images[3] = b"not an image"
+    results = ask(lambda client: client.remove_many(images, output=Matte.encode))
+    assert isinstance(results[3], InvalidImageError)
+    for value, result in enumerate(results):
+        if value != 3:
+            assert Image.open(io.BytesIO(result)).getpixel((0, 0)) == (value,) * 4
+
+
+def test_remove_many_of_alphas_only(ask: Asked) -> None:
+    data = [smooth_jpeg(240, 320)] * 3
+    alphas = ask(lambda client: client.remove_many(data, alpha_only=True, output=lambda matte: matte.alpha))
+    assert [alpha.shape for alpha in alphas] == [(240, 320)] * 3
+
+
+def test_a_failing_output_is_not_hidden(ask: Asked) -> None:
+    with pytest.raises(ValueError, match="made with alpha_only=True"):
+        ask(lambda client: client.remove_many([flat(1)] * 3, alpha_only=True))
+
+
+def test_outputs_are_made_few_at_a_time(ask: Asked) -> None:
+    lock, running, most = threading.Lock(), 0, 0
+
+    def output(matte: Matte) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+
+    ask(lambda client: client.remove_many([flat(1)] * 30, output=output))
+    assert most == CPU_WORKERS
+
+
 def test_remove_many_of_nothing(ask: Asked, fake: Any) -> None:
     assert ask(lambda client: client.remove_many([])) == []
     assert fake.calls == []
@@ -394,8 +475,15 @@ def test_failing_input_iterator_raises_after_what_was_begun(fake: Any) -> None:
 
 def test_closing_early_gives_requests_up(fake: Any) -> None:
     fake.hold = lambda images: bool(images.any())  # only black pictures are ever answered
+
+    def source() -> Iterator[Any]:
+        yield flat(0)
+        while fake.count("infer") < 1:  # else the others might take all the places first, for good
+            time.sleep(0.001)
+        yield from [flat(1)] * 50
+
     with Client(transport=fake) as client:
-        results = client.remove_many([flat(0), *[flat(1)] * 50], in_flight=4, model="demo")
+        results = client.remove_many(source(), in_flight=4, model="demo")
         next(results)
         while fake.outstanding < 4:
             time.sleep(0.001)

@@ -115,6 +115,55 @@ def test_extreme_shapes(height: int, width: int) -> None:
     assert load_picture(png(noise(height, width))).size == (height, width)
 
 
+# -- decoded smaller
+
+
+def jpeg(height: int, width: int, orientation: int = 1, **options: Any) -> bytes:
+    """A smooth picture, in which a smaller decode differs little."""
+    small = Image.fromarray(noise(6, 8)).resize((width, height), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(small, "JPEG", quality=95, exif=exif, **options)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "expected"),
+    [(None, (321, 643)), (400, (321, 643)), (161, (321, 643)), (160, (161, 322)), (80, (81, 161)), (1, (41, 81))],
+)
+def test_jpeg_is_decoded_as_large_as_needed(at_least: int | None, expected: tuple[int, int]) -> None:
+    picture = load_picture(jpeg(321, 643), at_least=at_least)
+    assert picture.size == (321, 643)
+    assert (picture.image.height, picture.image.width) == expected
+    assert (picture.full_size is None) == (expected == (321, 643))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_smaller_decode_is_upright_too(orientation: int) -> None:
+    data = jpeg(320, 640, orientation)
+    full, smaller = load_picture(data), load_picture(data, at_least=80)
+    assert smaller.size == full.size == ((640, 320) if orientation >= 5 else (320, 640))
+    expected = np.asarray(full.image.resize(smaller.image.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(smaller.image) - expected).mean() < 1.5
+
+
+def test_only_encoded_jpegs_are_decoded_smaller(tmp_path: Path) -> None:
+    for source in (noise(80, 90), Image.fromarray(noise(80, 90)), png(noise(80, 90))):
+        picture = load_picture(source, at_least=8)
+        assert (picture.image.height, picture.image.width) == picture.size == (80, 90)
+
+
+def test_grey_and_cmyk_jpegs_are_decoded_smaller() -> None:
+    for mode in ("L", "CMYK"):
+        data = encode(Image.fromarray(noise(80, 96)).convert(mode), "JPEG")
+        picture = load_picture(data, at_least=20)
+        assert (picture.size, picture.image.size, picture.image.mode) == ((80, 96), (24, 20), "RGB")
+
+
+def test_a_broken_jpeg_is_refused_in_any_size() -> None:
+    with pytest.raises(InvalidImageError, match="the JPEG data is truncated or damaged"):
+        load_picture(jpeg(320, 640)[:2000], at_least=40)
+
+
 # -- refused
 
 
