@@ -194,14 +194,14 @@ def test_muon_makes_the_update_orthogonal_and_lowers_a_loss() -> None:
         assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
     weight = torch.nn.Parameter(torch.randn(6, 3, 3, 3))
     goal, unused = torch.randn(6, 3, 3, 3), torch.nn.Parameter(torch.ones(2, 2))
-    optimiser = Muon([weight, unused], lr=0.02, weight_decay=0.0)
+    optimiser = Muon([weight, unused], lr=0.1, weight_decay=0.0)
     losses = []
     for _ in range(100):
         loss = (weight - goal).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
     assert torch.equal(unused, torch.ones(2, 2))
 

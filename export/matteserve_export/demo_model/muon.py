@@ -24,7 +24,7 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
         rounds: Iterations; after five the singular values lie about between 0.7 and 1.2.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+    x: Tensor = wide / (wide.norm() + 1e-7)
     for _ in range(rounds):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
