@@ -167,4 +167,4 @@ def test_parity_mode_equals_rembg(network: torch.nn.Module, tmp_path: Path) -> N
                 # The wire is uint8: a dark picture, which rembg stretches, is rounded once more before the network,
                 # by up to half a step; what the network makes of that depends on its weights.
                 assert difference.mean() < 2, name
-                assert difference.max() <= 24, name
+                assert difference.max() <= 40, name

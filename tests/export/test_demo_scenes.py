@@ -19,6 +19,7 @@ from click.testing import CliRunner  # noqa: E402
 
 from matteserve_export.demo_model import evaluate as evaluation  # noqa: E402
 from matteserve_export.demo_model import scenes, train  # noqa: E402
+from matteserve_export.demo_model.muon import Muon, orthogonal  # noqa: E402
 from matteserve_export.demo_model.pool import build_pool  # noqa: E402
 from matteserve_export.demo_model.shapes import FAMILIES, transform  # noqa: E402
 from matteserve_export.demo_model.textures import blur, texture  # noqa: E402
@@ -62,7 +63,7 @@ def test_alpha_is_the_one_that_the_composition_used(monkeypatch: pytest.MonkeyPa
     original = scenes._object
     black = np.zeros((SIZE, SIZE, 3), dtype=np.float32)
     monkeypatch.setattr(scenes, "_object", white)
-    monkeypatch.setattr(scenes, "_background", lambda rng, size: ("black", black))
+    monkeypatch.setattr(scenes, "_background", lambda rng, size, shares: ("black", black))
     monkeypatch.setattr(scenes, "_shadow", lambda rng, image, item, light: image)
     monkeypatch.setattr(scenes, "_reflection", lambda rng, image, item: image)
     monkeypatch.setattr(scenes, "_visible", lambda rng, image, item: item)
@@ -179,19 +180,40 @@ def test_loss_is_small_for_the_right_maps_and_large_for_the_inverse() -> None:
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
-    assert max(rates) == rates[3] == 1.0
-    assert rates[0] < 0.5
-    assert rates[-1] < 0.02
-    assert rates[3:] == sorted(rates[3:], reverse=True)
+    rates = [train.learning_rate(step, 300, 1.0, decay=100) for step in range(300)]
+    assert rates[0] < 0.05
+    assert rates[49:201] == [1.0] * 152
+    assert rates[200:] == sorted(rates[200:], reverse=True)
+    assert 0.0 < rates[-1] < 0.02
+
+
+def test_muon_makes_the_update_orthogonal_and_lowers_a_loss() -> None:
+    torch.manual_seed(0)
+    for shape in ((8, 30), (30, 8)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
+    weight = torch.nn.Parameter(torch.randn(6, 3, 3, 3))
+    goal, unused = torch.randn(6, 3, 3, 3), torch.nn.Parameter(torch.ones(2, 2))
+    optimiser = Muon([weight, unused], lr=0.1, weight_decay=0.0)
+    losses = []
+    for _ in range(100):
+        loss = (weight - goal).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert torch.equal(unused, torch.ones(2, 2))
 
 
 def test_a_short_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path: Path) -> None:
     run, scenes_folder = tmp_path / "run", tmp_path / "pool"
-    build_pool(scenes_folder, 1, 32, 8, processes=1)
+    build_pool(scenes_folder, 1, 32, 8, hard=True, processes=1)
     build_pool(scenes_folder, train.VALIDATION_SEED, 128, 2, processes=1)
     stage = train.Stage(size=32, batch=3, steps=40, pool_size=32, pool_count=8)
-    weights = train.train(run, scenes_folder, (stage,), seed=1, peak_rate=3e-3, save_every_s=1e9, validation_count=2)
+    weights = train.train(
+        run, scenes_folder, (stage,), seed=1, peak_rate=3e-3, decay=10, save_every_s=1e9, validation_count=2
+    )
     rows = list(csv.DictReader((run / "loss.csv").read_text().splitlines()))
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert len(losses) == 2
@@ -199,7 +221,7 @@ def test_a_short_training_lowers_the_loss_and_continues_where_it_stopped(tmp_pat
     assert 0.0 <= float(rows[-1]["validation_iou"]) <= 1.0
 
     longer = train.Stage(size=32, batch=3, steps=41, pool_size=32, pool_count=8)
-    train.train(run, scenes_folder, (longer,), seed=1, peak_rate=3e-3, save_every_s=1e9, validation_count=2)
+    train.train(run, scenes_folder, (longer,), seed=1, peak_rate=3e-3, decay=10, save_every_s=1e9, validation_count=2)
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == 41
 
     model = evaluation.load_model(weights)

@@ -1,6 +1,6 @@
 """Measure the demonstration model on unseen scenes, and draw its results on scenes and on photographs.
 
-    python -m matteserve_export.demo_model.evaluate --weights u2netp_demo.safetensors --size 256
+    python -m matteserve_export.demo_model.evaluate --weights u2netp_demo.safetensors --size 192
 
 The path is the serving graph's: stretch to S x S by Pillow's bilinear filter, normalise, network, stretch each map by
 its own minimum and maximum, bring it back to the picture's size by Pillow's bilinear filter.
@@ -124,7 +124,7 @@ def _drawn(model: torch.nn.Module, scene: Scene, size: int) -> tuple[NDArray[np.
 
 @click.command()
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), required=True, help=".safetensors file.")
-@click.option("--size", default=320, show_default=True, help="Height and width at which the network sees the picture.")
+@click.option("--size", default=192, show_default=True, help="Height and width at which the network sees the picture.")
 @click.option("--count", default=500, show_default=True, help="Scenes to measure on; 0 measures nothing.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="PNG of results on the first 24 scenes.")
 @click.option("--samples", type=click.Path(path_type=Path), help="PNG of 24 training scenes with their alpha.")
@@ -148,7 +148,7 @@ def main(
         scenes = [generate(EVALUATION_SEED, index, SCENE_SIZE) for index in range(24)]
         contact_sheet([_drawn(model, scene, size) for scene in scenes], 12, 112).save(sheet, optimize=True)
     if samples is not None:
-        scenes = [generate(1, index, 128) for index in range(24)]
+        scenes = [generate(1, index, 128, hard=True) for index in range(24)]
         shown = [(scene.image, [(scene.alpha / 255).astype(np.float32)]) for scene in scenes]
         contact_sheet(shown, 12, 112).save(samples, optimize=True)
     if photo_sheet is not None:

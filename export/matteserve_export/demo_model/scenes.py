@@ -3,7 +3,8 @@
 ``generate(seed, index, size)`` draws a background, one to three objects of random silhouette with textures, shading,
 soft or hairy edges and perhaps glass, the shadows and reflections that they throw (which belong to the background),
 composes them and ages the result as a camera and a JPEG file would. Alpha is the very one that the composition used.
-A scene depends on (seed, index, size) alone.
+A scene depends on the arguments alone. It should hold an object that a person would point at: what nobody could tell
+from the background, or would take for the background, is a mistake of the generator and not a task for the network.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ Rng = np.random.Generator
 
 _SUPERSAMPLING = 3
 _MATERIALS = 3
+
+_BACKGROUNDS = ("studio", "surface", "room", "landscape", "clutter")
+_SHARES = (0.58, 0.14, 0.12, 0.07, 0.09)
+_HARD_SHARES = (0.40, 0.14, 0.20, 0.12, 0.14)
 
 
 class Scene(NamedTuple):
@@ -52,16 +57,17 @@ class _Object(NamedTuple):
     family: str
 
 
-def generate(seed: int, index: int, size: int) -> Scene:
+def generate(seed: int, index: int, size: int, hard: bool = False) -> Scene:
     """Generate scene ``index`` of the series ``seed``.
 
     Args:
         seed: Series; training and evaluation use different ones.
         index: Number of the scene in its series.
         size: Height and width in pixels.
+        hard: Fewer plain backgrounds, for training; what is measured is measured without.
     """
     rng = np.random.default_rng((seed, index))
-    kind, image = _background(rng, size)
+    kind, image = _background(rng, size, _HARD_SHARES if hard else _SHARES)
     objects = _objects(rng, size)
     light = rng.uniform(-1.0, 1.0)
     alpha: Array = np.zeros((size, size), dtype=np.float32)
@@ -94,7 +100,7 @@ def _visible(rng: Rng, image: Array, item: _Object) -> _Object:
     if not inside.any():
         return item
     front, back = item.colour[inside], image[inside]
-    if np.abs(front.mean(0) - back.mean(0)).max() > 0.07 or rng.random() < 0.1:
+    if np.abs(front.mean(0) - back.mean(0)).max() > 0.12:
         return item
     step = np.float32(rng.uniform(0.15, 0.4) * (1.0 if front.mean() < 0.5 else -1.0))
     return item._replace(colour=np.clip(item.colour + step, 0, 1).astype(np.float32))
@@ -103,14 +109,12 @@ def _visible(rng: Rng, image: Array, item: _Object) -> _Object:
 # --- background ---
 
 
-def _background(rng: Rng, size: int) -> tuple[str, Array]:
-    kind = str(rng.choice(["studio", "surface", "room", "landscape", "clutter"], p=[0.58, 0.14, 0.12, 0.07, 0.09]))
+def _background(rng: Rng, size: int, shares: tuple[float, ...]) -> tuple[str, Array]:
+    kind = str(rng.choice(_BACKGROUNDS, p=shares))
     if kind == "studio":
         image = _studio(rng, size)
     elif kind == "surface":
-        image = texture(rng, size)
-        if rng.random() < 0.6:  # most surfaces that things lie on are quiet
-            image = image.mean((0, 1)) + (image - image.mean((0, 1))) * np.float32(rng.uniform(0.1, 0.7))
+        image = _ground(rng, size)
         if rng.random() < 0.4:
             image = blur(image, size * rng.uniform(0.004, 0.04))
     elif kind == "room":
@@ -128,6 +132,18 @@ def _background(rng: Rng, size: int) -> tuple[str, Array]:
         distance = (x - centre[0]) ** 2 + (y - centre[1]) ** 2
         image = image * (1.0 - rng.uniform(0.2, 1.0) * distance)[..., None].astype(np.float32)
     return kind, np.clip(image, 0.0, 1.0).astype(np.float32)
+
+
+def _ground(rng: Rng, size: int) -> Array:
+    """Texture of what things stand on or in front of.
+
+    No heap of sharp shapes: those are things themselves, and nobody could say which of them is meant. Mostly quiet: as
+    loud as the object, wall and floor would ask for the eye as much as it does.
+    """
+    image = texture(rng, size, shapes=False)
+    if rng.random() < 0.6:
+        image = image.mean((0, 1)) + (image - image.mean((0, 1))) * np.float32(rng.uniform(0.1, 0.7))
+    return image
 
 
 def _studio(rng: Rng, size: int) -> Array:
@@ -154,8 +170,8 @@ def _studio(rng: Rng, size: int) -> Array:
 
 def _room(rng: Rng, size: int) -> Array:
     """Textured wall over a textured table or floor."""
-    wall, floor = texture(rng, size), texture(rng, size)
-    if rng.random() < 0.6:
+    wall, floor = _ground(rng, size), _ground(rng, size)
+    if rng.random() < 0.6:  # the camera is focused on the object, which stands before the wall
         wall = blur(wall, size * rng.uniform(0.005, 0.05))
     _, y = grid(size)
     edge = rng.uniform(0.35, 0.85) + 0.0 * y
@@ -228,6 +244,8 @@ def _objects(rng: Rng, size: int) -> list[_Object]:
         if width * height < 0.05:  # very thin ones are drawn larger
             grow = min(np.sqrt(0.05 / (width * height)), 1.1 / max(width, height))
             width, height = width * grow, height * grow
+        if width * height > 0.8:  # what fills the picture would be taken for its background
+            width, height = (side * np.sqrt(0.8 / (width * height)) for side in (width, height))
         cx = float(np.clip(rng.normal(0.5, 0.07), 0.2, 0.8))
         if count > 1:
             cx = (number + 0.5) / count * 0.8 + 0.1 + float(rng.normal(0, 0.04))
@@ -236,6 +254,8 @@ def _objects(rng: Rng, size: int) -> list[_Object]:
             cy = 1.02 + float(rng.uniform(0.0, 0.15)) - height / 2
         elif rng.random() < 0.06:
             cx, cy = float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.2, 0.9))
+        # At most a fifth is cut away on a side: of a corner nobody knows whether it is an object.
+        cx, cy = float(np.clip(cx, 0.3 * width, 1 - 0.3 * width)), float(np.clip(cy, 0.3 * height, 1 - 0.3 * height))
         box = (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2)
         objects.append(_object(rng, name, transform(parts, box), box, size))
     return objects

@@ -219,11 +219,17 @@ _KINDS: tuple[tuple[Callable[[Rng, int], Array], float], ...] = (
 )
 
 
-def texture(rng: Rng, size: int) -> Array:
+def texture(rng: Rng, size: int, shapes: bool = True) -> Array:
     """Draw one surface.
+
+    Args:
+        rng: Generator.
+        size: Height and width in pixels.
+        shapes: Whether it may be a heap of sharp, large shapes.
 
     Returns:
         sRGB values, shape (S, S, 3), float32 in [0, 1].
     """
-    kind = int(rng.choice(len(_KINDS), p=[weight for _, weight in _KINDS]))
+    weights = np.array([weight if shapes or draw is not _patches else 0.0 for draw, weight in _KINDS])
+    kind = int(rng.choice(len(_KINDS), p=weights / weights.sum()))
     return np.clip(_KINDS[kind][0](rng, size), 0.0, 1.0).astype(np.float32)

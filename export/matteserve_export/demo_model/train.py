@@ -20,9 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from matteserve_export.demo_model.muon import Muon
 from matteserve_export.demo_model.pool import build_pool
 from matteserve_export.models.u2net import U2Net, u2netp
 
@@ -31,6 +32,7 @@ __all__ = ["Stage", "learning_rate", "loss_of", "normalise", "sample_batch", "tr
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 VALIDATION_SEED = 2
+_WARM_UP = 50
 
 DEFAULT_STAGES = ("64:8:900:128:5000", "96:8:350:128:5000", "128:6:360:128:5000", "192:4:190:224:800")
 
@@ -131,12 +133,13 @@ def loss_of(maps: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     return loss + 0.5 * iou.mean() + 0.5 * (probability - alpha).abs().mean()
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """One cycle: linear warm-up over 4 % of the steps, then a cosine to nearly zero."""
-    warm = max(1, int(0.04 * total))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.01 + 0.99 * 0.5 * (1.0 + float(np.cos(np.pi * (step - warm) / max(1, total - warm)))))
+def learning_rate(step: int, total: int, peak: float, decay: int) -> float:
+    """Linear warm-up over the first steps, the peak, then a straight line down to zero over the last ``decay`` steps.
+
+    Until the descent begins nothing depends on ``total``: a run may be made longer or shorter while it runs, and its
+    last command still describes all of it.
+    """
+    return peak * min(1.0, (step + 1) / _WARM_UP, (total - step) / decay)
 
 
 def _average(ema: U2Net, model: U2Net, step: int) -> None:
@@ -176,9 +179,11 @@ def train(
     stages: tuple[Stage, ...],
     seed: int,
     peak_rate: float,
-    save_every_s: float = 180.0,
-    validation_count: int = 64,
+    decay: int,
+    save_every_s: float = 300.0,
+    validation_count: int = 128,
     init: Path | None = None,
+    bf16: bool = False,
 ) -> Path:
     """Train, or continue, one run.
 
@@ -188,9 +193,11 @@ def train(
         stages: What to do at which size.
         seed: Seed of weights, scenes and batches.
         peak_rate: Largest learning rate.
+        decay: Steps over which it falls to zero at the end.
         save_every_s: Seconds between checkpoints, each with a validation.
         validation_count: Scenes to validate on.
-        init: Checkpoint of another run whose averaged weights to start from.
+        init: Weights to start from (.safetensors).
+        bf16: Compute the network in bfloat16; weights, batch norm statistics and loss stay float32.
 
     Returns:
         Path of the averaged weights.
@@ -199,21 +206,24 @@ def train(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     model, ema = u2netp().to(device), u2netp().to(device)
+    if init is not None:
+        model.load_state_dict(load_file(init))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema.load_state_dict(model.state_dict())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=1e-4)
+    # Matrices of one row have no directions to make equal: the side outputs, like all vectors, go to AdamW.
+    matrices = [p for p in model.parameters() if p.ndim == 4 and p.shape[0] > 1]
+    others = [p for p in model.parameters() if p.ndim != 4 or p.shape[0] == 1]
+    optimisers = (Muon(matrices, peak_rate), torch.optim.AdamW(others, lr=peak_rate, weight_decay=1e-4))
     total, first = sum(stage.steps for stage in stages), 0
     checkpoint, weights, log = out / "checkpoint.pt", out / "u2netp_demo.safetensors", out / "loss.csv"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         first = state["step"]
         click.echo(f"continue at step {first} of {total}", err=True)
-    elif init is not None:
-        state = torch.load(init, map_location=device, weights_only=True)
-        model.load_state_dict(state["ema"])
-        ema.load_state_dict(state["ema"])
 
     validation = build_pool(pool_folder, VALIDATION_SEED, 128, validation_count)
     current: tuple[int, int] | None = None
@@ -221,10 +231,9 @@ def train(
     recent: list[float] = []
 
     def save(done: int, size: int) -> None:
-        torch.save(
-            {"model": model.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict(), "step": done},
-            checkpoint.with_suffix(".partial"),
-        )
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": done}
+        state["optimisers"] = [optimiser.state_dict() for optimiser in optimisers]
+        torch.save(state, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").replace(checkpoint)
         save_file({name: value.contiguous() for name, value in ema.state_dict().items()}, weights)
         score = _validate(ema, validation, max(size, 128), device)
@@ -238,19 +247,22 @@ def train(
     for step, stage in _steps(stages, first):
         if current != (stage.pool_size, stage.pool_count):
             current = (stage.pool_size, stage.pool_count)
-            pool = build_pool(pool_folder, seed, *current)
+            pool = build_pool(pool_folder, seed, *current, hard=True)
         size = stage.size
-        rate = learning_rate(step, total, peak_rate)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+        rate = learning_rate(step, total, peak_rate, decay)
         image, alpha = sample_batch(pool, stage.batch, stage.size, seed, step)
         model.train()
         pixel_values = normalise(image.to(device)).contiguous(memory_format=torch.channels_last)
-        loss = loss_of(model.side_logits(pixel_values), alpha.to(device))
-        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            maps = model.side_logits(pixel_values)
+        loss = loss_of(tuple(logits.float() for logits in maps), alpha.to(device))
+        model.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
         _average(ema, model, step)
         recent.append(loss.item())
         if len(recent) == 20:
@@ -272,8 +284,19 @@ def train(
 @click.option("--stage", "stages", multiple=True, default=DEFAULT_STAGES, help="size:batch:steps:pool_size:pool_count")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--peak-rate", default=2e-3, show_default=True, help="Largest learning rate.")
-@click.option("--init", type=click.Path(path_type=Path, exists=True), help="checkpoint.pt to start from.")
-def main(out: Path, pool_folder: Path, stages: tuple[str, ...], seed: int, peak_rate: float, init: Path | None) -> None:
+@click.option("--decay", default=800, show_default=True, help="Steps over which it falls to zero at the end.")
+@click.option("--init", type=click.Path(path_type=Path, exists=True), help="Weights to start from (.safetensors).")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16: twice as fast where the processor has it.")
+def main(
+    out: Path,
+    pool_folder: Path,
+    stages: tuple[str, ...],
+    seed: int,
+    peak_rate: float,
+    decay: int,
+    init: Path | None,
+    bf16: bool,
+) -> None:
     """Train the demonstration model on generated scenes.
 
     Example: python -m matteserve_export.demo_model.train --out runs/demo --pool runs/pool
@@ -282,7 +305,7 @@ def main(out: Path, pool_folder: Path, stages: tuple[str, ...], seed: int, peak_
         parsed = tuple(Stage.parse(text) for text in stages)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    click.echo(str(train(out, pool_folder, parsed, seed, peak_rate, init=init)))
+    click.echo(str(train(out, pool_folder, parsed, seed, peak_rate, decay, init=init, bf16=bf16)))
 
 
 if __name__ == "__main__":
