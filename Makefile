@@ -51,6 +51,6 @@ $(VENV)/.server: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing matteserve with everything that the tests need into $(VENV); torch makes this take a minute or two"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e ".[server,export,rtx,bench,dev,parity]"
+		-e ".[server,fast,export,rtx,bench,dev,parity]"
 	$(BIN)/matteserve install-triton
 	@touch $@ $(VENV)/.server

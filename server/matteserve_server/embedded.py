@@ -90,7 +90,7 @@ class EmbeddedServer:
 
     def start(self) -> None:
         """Start the server, load the models, begin to supervise; nothing is left running if that fails."""
-        repository = Repository.read(self.options.model_repository)
+        repository = Repository.read(self.options.model_repository, self.options.config_variant)
         models = self.options.models or tuple(repository.default_models())
         repository.check(models)
         binary = find_tritonserver(self.options.tritonserver)

@@ -57,6 +57,13 @@ class ServerOptions:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be positive")
 
+    @property
+    def config_variant(self) -> str:
+        """Name of the configurations that Triton reads instead of `config.pbtxt`; empty for none."""
+        flag = "--model-config-name="
+        names = [argument.removeprefix(flag) for argument in self.extra_arguments if argument.startswith(flag)]
+        return names[-1] if names else ""
+
     def control_headers(self) -> dict[str, str]:
         """Headers with which the operator's own calls pass the `--grpc-restricted-protocol` of `extra_arguments`."""
         restrictions = (_RESTRICTION.fullmatch(argument) for argument in self.extra_arguments)

@@ -60,8 +60,13 @@ class Repository:
     models: dict[str, RepositoryModel]
 
     @classmethod
-    def read(cls, path: Path) -> Repository:
+    def read(cls, path: Path, variant: str = "") -> Repository:
         """Read every `config.pbtxt` of a directory.
+
+        Args:
+            path: The directory.
+            variant: What `tritonserver --model-config-name` is given: a model that has `configs/<variant>.pbtxt` is
+                read from there.
 
         Raises:
             RepositoryError: The directory is missing, has no models, or a configuration cannot be parsed.
@@ -71,7 +76,8 @@ class Repository:
                 f"model repository {path} is not a directory; make one with `matteserve export`, or name another with "
                 "--model-repository"
             )
-        models = {folder.name: read_model(folder) for folder in sorted(path.iterdir()) if _is_model_folder(folder)}
+        folders = [folder for folder in sorted(path.iterdir()) if _is_model_folder(folder)]
+        models = {folder.name: read_model(folder, variant) for folder in folders}
         if not models:
             raise RepositoryError(
                 f"model repository {path} has no models (no folder with a config.pbtxt); add one with "
@@ -139,13 +145,15 @@ def _is_model_folder(folder: Path) -> bool:
     return folder.is_dir() and (folder / "config.pbtxt").is_file()
 
 
-def read_model(folder: Path) -> RepositoryModel:
-    """Read one model's folder.
+def read_model(folder: Path, variant: str = "") -> RepositoryModel:
+    """Read one model's folder, from its `configs/<variant>.pbtxt` where it has one.
 
     Raises:
         RepositoryError: Its `config.pbtxt` cannot be parsed, or names another model.
     """
-    path = folder / "config.pbtxt"
+    path = folder / "configs" / f"{variant}.pbtxt"
+    if not variant or not path.is_file():
+        path = folder / "config.pbtxt"
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError) as exc:

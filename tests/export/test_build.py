@@ -36,7 +36,7 @@ from matteserve_export import build as build_module
 from matteserve_export._session import make_runner
 from matteserve_export.build import BuildConfig, build_engine, load_pictures, preflight
 from matteserve_export.engine import CompilerOptions
-from matteserve_export.manifest import export_manifest, read_manifest
+from matteserve_export.manifest import export_manifest, onnx_record, read_manifest
 from matteserve_export.precision import tolerance_for
 from matteserve_export.repository import Engine, write_model
 from matteserve_export.weights import find_weights
@@ -60,8 +60,7 @@ def publish(repository: Path, serving: onnx.ModelProto, max_batch_size: int = 8)
         weights=find_weights("u2netp"),
         kind="checkpoint",
         weights_file="m.pth",
-        serving=serving,
-        serialized=serialized,
+        record=onnx_record(serving, sha256(serialized).hexdigest(), len(serialized)),
         parity=[],
         tolerance=tolerance_for("fp32", "u2netp"),
     )

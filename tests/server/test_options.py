@@ -59,3 +59,8 @@ def test_restricted_protocols_give_the_operator_their_key() -> None:
     arguments = ("--grpc-restricted-protocol=model-repository,statistics:admin-key=se=cret", "--log-verbose=1")
     options = ServerOptions(Path("/models"), extra_arguments=arguments)
     assert options.control_headers() == {"triton-grpc-protocol-admin-key": "se=cret"}
+
+
+def test_the_variant_of_the_configurations_is_the_one_that_triton_is_told(tmp_path: Path):
+    assert ServerOptions(tmp_path).config_variant == ""
+    assert ServerOptions(tmp_path, extra_arguments=("--log-verbose=1", "--model-config-name=cpu")).config_variant == "cpu"
