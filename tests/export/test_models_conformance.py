@@ -13,7 +13,7 @@ from matteserve_export.models import MODEL_BUILDERS, TRAINING_ONLY, build_model 
 from support.conformance import Taps, fill, pixel_values, recorded_keys, recorded_vectors  # noqa: E402
 
 # Architecture, case, recorded intermediate tensors. Seconds at most, but for the big network and the full size.
-_SLOW = pytest.mark.slow
+_SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 CASES = [
     ("u2net", "a", 21),
     ("u2net", "odd", 21),
