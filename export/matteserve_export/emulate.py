@@ -1,7 +1,7 @@
 """What a GPU's arithmetic would do to the alpha, found without one.
 
 ONNX Runtime's CPU provider runs a float16 graph by inserting casts: between two nodes without a float16 kernel nothing
-is rounded, so such a run checks the graph and the rounding of the weights, and little else for certain. Here the graph computes in
+is rounded, so such a run checks the graph and the rounding of the weights, and little else. Here the graph computes in
 float32 with every node's result rounded to the type in which the graph stores it: what exceeds the type's range becomes
 infinite, what is too small becomes zero, everything else is rounded to nearest, as on a GPU that accumulates inside a
 node in float32 (tensor cores do).
