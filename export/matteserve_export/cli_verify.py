@@ -201,7 +201,7 @@ def _table(outcomes: list[EngineParity]) -> str:
                 "+".join(map(str, outcome.batch_sizes)),
                 *levels,
                 f"{figures.iou:.4f} (≥ {bounds.min_iou:.4g})",
-                f"{figures.flat}/{outcome.images}",
+                f"{figures.flat}/{figures.images}",
                 "-" if outcome.not_finite is None else f"{outcome.not_finite:.2%}",
             )
         )

@@ -106,7 +106,7 @@ def test_the_gate_has_teeth(
     assert [outcome.passed for outcome in right] == [True, True]
     wrong = gate_graph(mistaken(mistake, network, config, fp32), fp32, scenes, TOLERANCES["fp16"], batch_sizes=(1, 4))
     assert not all(outcome.passed for outcome in wrong)
-    if mistake != "overflow":  # which the CPU alone does not see
+    if mistake != "overflow":  # which the CPU may not see
         assert not any(outcome.passed for outcome in wrong)
     with pytest.raises(ParityError, match=r"^FAILED .*; nothing was published$"):
         wrong[-1].require()
