@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from matteserve_export.cli import weights
-from matteserve_export.sizing import default_batch_size, default_batching, gate_plan, giga_macs
+from matteserve_export.sizing import default_batch_size, gate_plan, giga_macs
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 
@@ -30,9 +30,7 @@ def test_the_table_of_defaults_is_what_an_export_chooses(column: int, architectu
     shown = {row[0]: row[column] for row in rows if len(row) == 5}
     cost = giga_macs(architecture, side, side)
     batch = default_batch_size(cost)
-    batching, plan = default_batching(cost, batch), gate_plan(cost, batch)
+    plan = gate_plan(cost, batch)
     assert shown["giga-MACs a picture"] == f"{cost:.0f}"
     assert shown["largest batch"] == str(batch)
-    assert shown["requests that may wait"] == str(batching.max_queue_size)
-    assert shown["refused after waiting"] == f"{batching.default_queue_timeout_us / 1e6:.0f} s"
     assert shown["compared before publishing"].startswith(str(plan.scenes))

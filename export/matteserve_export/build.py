@@ -46,6 +46,7 @@ from matteserve_export.repository import (
     write_model,
 )
 from matteserve_export.serving import load_core
+from matteserve_export.sizing import default_batching, giga_macs, session_options
 
 __all__ = ["BuildConfig", "BuildResult", "EngineKind", "Preflight", "build_engine", "load_pictures", "preflight"]
 
@@ -73,7 +74,8 @@ class BuildConfig:
         lower_deform_conv: For a plan, write `DeformConv` with GridSample. TensorRT has the operator itself, TensorRT
             for RTX has not.
         options: How to compile a plan.
-        batching: Dynamic batcher.
+        max_queue_size: Requests that may wait; 0 sets no bound. See `DynamicBatching` for what a bound costs.
+        batching: Dynamic batcher; None chooses by the cost of a picture.
         instances: Copies of the engine, on the GPU for a plan.
         gpu: How requests reach the GPU.
     """
@@ -88,7 +90,8 @@ class BuildConfig:
     calibration: Path | None = None
     lower_deform_conv: bool = True
     options: CompilerOptions = field(default_factory=CompilerOptions)
-    batching: DynamicBatching = field(default_factory=DynamicBatching)
+    max_queue_size: int = 0
+    batching: DynamicBatching | None = None
     instances: int = 1
     gpu: GpuOptions = field(default_factory=GpuOptions)
 
@@ -271,13 +274,16 @@ def build_engine(config: BuildConfig, progress: Progress | None = None) -> Build
                 builder=None if plan is None else plan.builder,
             )
             instances = InstanceGroup(config.instances, "KIND_AUTO" if config.engine == "onnx" else "KIND_GPU")
+            contract = checked.contract
+            cost = giga_macs(contract.architecture, contract.height, contract.width)
             engine = Engine(
                 model=config.model,
                 contract=checked.contract,
                 file=file,
                 manifest=manifest,
-                batching=config.batching,
+                batching=config.batching or default_batching(cost, contract.max_batch_size, config.max_queue_size),
                 instances=instances,
+                session_options=session_options(cost) if config.engine == "onnx" else {},
                 gpu=config.gpu,
                 batch_sizes=checked.batch_sizes,
             )

@@ -74,6 +74,12 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     help="Largest batch.  [default: by the cost of a picture, at most 8]",
 )
 @click.option(
+    "--max-queue-size",
+    type=click.IntRange(0, 65_536),
+    default=0,
+    help="Refuse requests beyond so many waiting ones; costs throughput, see docs/serving.md.  [default: no bound]",
+)
+@click.option(
     "--deform-conv",
     type=click.Choice(["native", "grid-sample"]),
     default="native",
@@ -96,6 +102,7 @@ def export(
     model: str | None,
     size: tuple[int, int] | None,
     max_batch_size: int | None,
+    max_queue_size: int,
     deform_conv: DeformConv,
     patch_order: PatchOrder | None,
     accept_non_commercial: bool,
@@ -132,6 +139,7 @@ def export(
                 model=model or entry.name,
                 size=size,
                 max_batch_size=max_batch_size,
+                max_queue_size=max_queue_size,
                 deform_conv=deform_conv,
                 patch_order=patch_order,
                 accept_non_commercial=accept_non_commercial,

@@ -54,6 +54,12 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--tf32", is_flag=True, help="Let float32 products round their inputs to 10 bits.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="0: fast build; 5: fast plan.")
 @click.option("--native-deform-conv", is_flag=True, help="trt: keep DeformConv in place of GridSample.")
+@click.option(
+    "--max-queue-size",
+    type=click.IntRange(0, 65_536),
+    default=0,
+    help="Refuse requests beyond so many waiting ones; costs throughput, see docs/serving.md.  [default: no bound]",
+)
 @click.option("--instances", type=click.IntRange(1), default=1, show_default=True, help="Copies of the engine.")
 @click.option("--no-cuda-graphs", is_flag=True, help="Launch every kernel by itself.")
 @click.option("--images", type=_FOLDER, help="Pictures for the comparison.  [default: made-up ones]")

@@ -81,6 +81,7 @@ class ExportConfig:
             parsers that do not know the operator.
         patch_order: BiRefNet checkpoints: overrides what the registry records.
         accept_non_commercial: Weights whose licence forbids commercial use are refused without it.
+        max_queue_size: Requests that may wait; 0 sets no bound. See `DynamicBatching` for what a bound costs.
         batching: Dynamic batcher; None chooses by the cost of a picture.
         instances: Instance group; None takes one.
     """
@@ -96,6 +97,7 @@ class ExportConfig:
     deform_conv: DeformConv = "native"
     patch_order: PatchOrder | None = None
     accept_non_commercial: bool = False
+    max_queue_size: int = 0
     batching: DynamicBatching | None = None
     instances: InstanceGroup | None = None
 
@@ -228,7 +230,7 @@ def export_model(config: ExportConfig) -> ExportResult:
         file=serialized,
         manifest=manifest,
         card=model_card(manifest, weights),
-        batching=config.batching or default_batching(cost, max_batch_size),
+        batching=config.batching or default_batching(cost, max_batch_size, config.max_queue_size),
         instances=config.instances,
         session_options=session_options(cost),
     )

@@ -66,23 +66,34 @@ _BACKENDS = {"onnx": "onnxruntime", "trt": "tensorrt", "rtx": "tensorrt_rtx"}
 
 @dataclass(frozen=True)
 class DynamicBatching:
-    """The engine's dynamic batcher and its bounded queue.
+    """The engine's dynamic batcher and its queue.
+
+    A bound of the queue, by size or by time, is not the default because of what it costs. Triton then no longer hands
+    the next batch to an instance that is still at work, and its batcher thread, if a request arrives in that moment,
+    sleeps on for up to half a second before it looks again (seen with Triton 2.51; the condition is
+    `support_prefetching_` in its scheduler): half the throughput of a model that takes 0.3 s a picture. Without a
+    bound, requests whose client gave up are still dropped from the queue uncomputed.
 
     Attributes:
         max_queue_delay_us: How long the first request of a batch waits for others, in microseconds.
-        max_queue_size: Requests that may wait; one more is refused at once (back-pressure instead of timeouts).
+        max_queue_size: Requests that may wait; one more is refused at once. 0 sets no bound.
         default_queue_timeout_us: A request that waited this long is refused, in microseconds; a client may ask for less
-            or more. Nobody is left to read an answer by then, so computing it would only delay the others.
+            or more. 0 sets no bound.
     """
 
     max_queue_delay_us: int = 2_000
-    max_queue_size: int = 64
-    default_queue_timeout_us: int = 60_000_000
+    max_queue_size: int = 0
+    default_queue_timeout_us: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_queue_delay_us", "max_queue_size", "default_queue_timeout_us"):
             if getattr(self, name) < 0:
                 raise RepositoryError(f"dynamic batching: {name} is {getattr(self, name)}, must not be negative")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a request may be refused for waiting."""
+        return bool(self.max_queue_size or self.default_queue_timeout_us)
 
 
 @dataclass(frozen=True)
@@ -237,10 +248,12 @@ def engine_config(engine: Engine, *, cpu: bool = False) -> Any:
 
 def _add_batching(config: Any, batching: DynamicBatching) -> None:
     config.dynamic_batching.max_queue_delay_microseconds = batching.max_queue_delay_us
+    if not batching.bounded:
+        return
     policy = config.dynamic_batching.default_queue_policy
     policy.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = batching.default_queue_timeout_us
-    policy.allow_timeout_override = True
+    policy.allow_timeout_override = batching.default_queue_timeout_us > 0
     policy.max_queue_size = batching.max_queue_size
 
 

@@ -1,7 +1,7 @@
 """What a model costs, and the settings that follow from it.
 
-One set of defaults cannot serve a network that answers in milliseconds and one that takes seconds: 64 waiting requests
-are a second of work for the first and half an hour for the second. So batch, queue and gates are derived from the
+One set of defaults cannot serve a network that answers in milliseconds and one that takes seconds: a batch of eight is
+nothing for the first and minutes of work for the second. So batch, delay and gates are derived from the
 multiply-accumulate operations (MACs) of one picture at the size at hand. Every default can be overridden.
 """
 
@@ -58,24 +58,22 @@ def default_batch_size(cost: float) -> int:
     return size
 
 
-def default_batching(cost: float, max_batch_size: int) -> DynamicBatching:
+def default_batching(cost: float, max_batch_size: int, max_queue_size: int = 0) -> DynamicBatching:
     """Batcher and queue of a model.
-
-    A request that waits too long is refused rather than computed for nobody: the bound is the time that a slow machine
-    needs for four pictures, and a minute at least. The queue is as long as that time allows, but has room for 16, so
-    that a fast machine is not kept from taking a burst.
 
     Args:
         cost: Giga-MACs of one picture.
         max_batch_size: Largest batch.
+        max_queue_size: Requests that may wait; 0 sets no bound. With a bound a request that waits too long is refused
+            too, rather than computed for nobody: after the time that a slow machine needs for the whole queue, and a
+            minute at least.
     """
-    picture_s = cost / _SLOW_GIGA_MACS_PER_S
-    timeout_s = min(max(60.0, 4 * picture_s), 600.0)
+    timeout_s = min(max(60.0, max_queue_size * cost / _SLOW_GIGA_MACS_PER_S), 600.0) if max_queue_size else 0.0
     # Waiting for company is worth a tenth of a run at most, and a run is short where batches matter: on a GPU.
     delay_us = round(min(max(4 * cost, 500), 5_000)) if max_batch_size > 1 else 0
     return DynamicBatching(
         max_queue_delay_us=delay_us,
-        max_queue_size=round(min(max(timeout_s / picture_s, 16), 64)),
+        max_queue_size=max_queue_size,
         default_queue_timeout_us=round(timeout_s * 1e6),
     )
 

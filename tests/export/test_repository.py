@@ -157,6 +157,14 @@ def test_settings_arrive(engine: Engine) -> None:
     assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
 
 
+def test_a_queue_without_bounds_has_no_policy(engine: Engine) -> None:
+    """Any of a policy's fields makes Triton wait for an idle instance before it gathers the next batch."""
+    assert not engine_config(engine).dynamic_batching.HasField("default_queue_policy")
+    bounded = engine_config(dataclasses.replace(engine, batching=DynamicBatching(max_queue_size=7)))
+    policy = bounded.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds, policy.allow_timeout_override) == (7, 0, False)
+
+
 def test_session_options_arrive_beside_the_contract(engine: Engine) -> None:
     config = engine_config(dataclasses.replace(engine, session_options={"enable_mem_arena": "0"}))
     assert config.parameters["enable_mem_arena"].string_value == "0"

@@ -27,16 +27,23 @@ def test_the_largest_batch_falls_with_the_cost(cost: float, batch: int) -> None:
 
 
 @ALL
-def test_waiting_is_bounded_and_long_enough_for_a_slow_machine(weights: Weights) -> None:
+def test_a_queue_has_no_bound_unless_one_is_asked_for(weights: Weights) -> None:
     cost = giga_macs(weights.architecture, *weights.input_size)
     batch = default_batch_size(cost)
     batching = default_batching(cost, batch)
-    assert 16 <= batching.max_queue_size <= 64
-    assert 60 <= batching.default_queue_timeout_us / 1e6 <= 600
-    # Who arrives behind a picture that has just begun is not refused before it is done, at 40 giga-MACs a second.
-    assert batching.default_queue_timeout_us / 1e6 > cost / 40
+    assert not batching.bounded
     assert batching.max_queue_delay_us <= 5_000
     assert (batching.max_queue_delay_us == 0) == (batch == 1)
+
+
+@ALL
+def test_a_bounded_queue_gives_a_slow_machine_time_for_all_of_it(weights: Weights) -> None:
+    cost = giga_macs(weights.architecture, *weights.input_size)
+    batching = default_batching(cost, 1, max_queue_size=16)
+    assert batching.max_queue_size == 16
+    timeout_s = batching.default_queue_timeout_us / 1e6
+    assert 60 <= timeout_s <= 600
+    assert timeout_s == 600 or timeout_s >= 16 * cost / 40
 
 
 @ALL

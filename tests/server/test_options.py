@@ -63,4 +63,6 @@ def test_restricted_protocols_give_the_operator_their_key() -> None:
 
 def test_the_variant_of_the_configurations_is_the_one_that_triton_is_told(tmp_path: Path):
     assert ServerOptions(tmp_path).config_variant == ""
-    assert ServerOptions(tmp_path, extra_arguments=("--log-verbose=1", "--model-config-name=cpu")).config_variant == "cpu"
+    assert (
+        ServerOptions(tmp_path, extra_arguments=("--log-verbose=1", "--model-config-name=cpu")).config_variant == "cpu"
+    )
