@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from matteserve_client._async_client import AsyncClient
 from matteserve_client._client import Client
 from matteserve_client._contract import INPUT_NAME, OUTPUT_NAME, ModelContract
-from matteserve_client._difference import AlphaDifference, AlphaTolerance, alpha_difference
+from matteserve_client._difference import TOLERANCES, AlphaDifference, AlphaTolerance, alpha_difference
 from matteserve_client._errors import (
     ContractError,
     DeadlineExceededError,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INPUT_NAME",
     "OUTPUT_NAME",
+    "TOLERANCES",
     "AlphaDifference",
     "AlphaTolerance",
     "AsyncClient",

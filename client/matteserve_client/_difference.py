@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,21 @@ class AlphaTolerance:
     def from_dict(cls, values: Mapping[str, float]) -> AlphaTolerance:
         """Read what `dataclasses.asdict` wrote."""
         return cls(**{name: float(values[name]) for name in cls.__dataclass_fields__})
+
+
+TOLERANCES: Mapping[str, AlphaTolerance] = MappingProxyType(
+    {
+        # The same arithmetic elsewhere: sums in another order may move a value over a rounding edge.
+        "fp32": AlphaTolerance(max_abs=2 / 255, p999_abs=1 / 255, mean_abs=0.05 / 255, min_iou=0.999),
+        # 11 bits, rounded after every node of a hundred or a thousand: the aim, and all models here are within it.
+        "fp16": AlphaTolerance(max_abs=4 / 255, p999_abs=3 / 255, mean_abs=0.3 / 255, min_iou=0.999),
+        # 8 bits: about 8 times as far. Edges move by a level or two, objects must not.
+        "bf16": AlphaTolerance(max_abs=24 / 255, p999_abs=12 / 255, mean_abs=2 / 255, min_iou=0.99),
+        # 8 bits and one scale for a whole tensor: single pixels of soft edges are far off, objects must not be.
+        "int8": AlphaTolerance(max_abs=96 / 255, p999_abs=40 / 255, mean_abs=4 / 255, min_iou=0.97),
+    }
+)
+"""How far the alpha of an engine may lie from that of its FP32 graph, by precision."""
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import onnx
 from google.protobuf import text_format
-from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2
 
-from matteserve_client import AlphaTolerance, ContractError, MatteserveError, ModelContract
-from matteserve_client._images import load_picture
-from matteserve_client._preprocess import image_tensor
-from matteserve_export._errors import EngineBuildError, ExportError, OnnxError, RepositoryError
+from matteserve_client import AlphaTolerance, ContractError, ModelContract
+from matteserve_export._errors import EngineBuildError, OnnxError, RepositoryError
 from matteserve_export._files import digest
 from matteserve_export.compare import EngineParity, gate_graph, make_scenes
 from matteserve_export.engine import CompilerOptions, EngineConfig, Plan, Progress, build_plan, check_machine
 from matteserve_export.lowering import lower_deform_conv
 from matteserve_export.manifest import build_manifest, onnx_record, read_manifest
+from matteserve_export.pictures import read_pictures
 from matteserve_export.precision import Precision, check_precision, check_serving, convert, tolerance_for
 from matteserve_export.repository import (
     DynamicBatching,
@@ -48,7 +45,7 @@ from matteserve_export.repository import (
 from matteserve_export.serving import load_core
 from matteserve_export.sizing import default_batching, giga_macs, session_options
 
-__all__ = ["BuildConfig", "BuildResult", "EngineKind", "Preflight", "build_engine", "load_pictures", "preflight"]
+__all__ = ["BuildConfig", "BuildResult", "EngineKind", "Preflight", "build_engine", "preflight"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -337,11 +334,11 @@ def _graph(
     """The graph to serve or to compile, and the gates that it passed against the FP32 one."""
     calibration = None
     if config.calibration is not None:
-        calibration = load_pictures(config.calibration, checked.contract)
+        calibration = read_pictures(config.calibration, checked.contract)
     images = (
         make_scenes(_SCENES, checked.contract.height, checked.contract.width)
         if config.images is None
-        else load_pictures(config.images, checked.contract)
+        else read_pictures(config.images, checked.contract)
     )
     lowered = serving if config.engine == "onnx" or not config.lower_deform_conv else lower_deform_conv(serving)
     graph = convert(lowered, precision, calibration)
@@ -355,31 +352,3 @@ def _graph(
         name=f"{config.precision} ONNX{'' if config.engine == 'onnx' else f' for {config.engine}'} vs fp32",
     )
     return graph, tuple(gate.require() for gate in gates)
-
-
-def load_pictures(folder: Path, contract: ModelContract) -> NDArray[np.uint8]:
-    """Read the pictures of a folder as the model's client would send them.
-
-    Args:
-        folder: Its files are taken in order of their names, the first 64 that are pictures.
-        contract: Gives size and filter.
-
-    Returns:
-        RGB, [N, H, W, 3] uint8.
-
-    Raises:
-        ExportError: There is no such folder, or no picture in it.
-    """
-    if not folder.is_dir():
-        raise ExportError(f"{folder}: no such folder; give one with pictures (JPEG, PNG, WebP, TIFF, BMP, GIF)")
-    tensors: list[NDArray[np.uint8]] = []
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or len(tensors) == _MAX_PICTURES:
-            continue
-        try:
-            tensors.append(image_tensor(load_picture(path), contract))
-        except MatteserveError as exc:
-            _LOG.warning("%s is left out: %s", path, exc)
-    if not tensors:
-        raise ExportError(f"{folder} holds no picture that can be read; known are JPEG, PNG, WebP, TIFF, BMP, GIF")
-    return np.concatenate(tensors)

@@ -14,8 +14,9 @@ Each output pixel has its kh × kw samples beside each other, and a convolution 
 Of the forms that were compared this one has the fewest layers; `docs/engines.md` has the figures. The base grid is two
 broadcast additions, because the whole grid as a constant would be folded into the file (kh·kw·H'·W'·2 numbers a node).
 
-Coordinates stay float32 whatever the network's precision is: half precision has 11 bits, a third of a pixel at a width
-of 1024 is gone in it. TensorRT wants `GridSample`'s input and grid in one dtype, so its input is cast too.
+Coordinates are summed in float32 whatever the network's precision is: half precision has 11 bits, a third of a pixel at
+a width of 1024 is gone in every addition. TensorRT wants `GridSample`'s input and grid in one dtype, so in a reduced
+precision the finished sum is rounded once.
 
 Dai et al., "Deformable Convolutional Networks", ICCV 2017; Zhu et al., "Deformable ConvNets v2", CVPR 2019 (the mask).
 """

@@ -27,7 +27,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
-from matteserve_client import INPUT_NAME, OUTPUT_NAME, AlphaTolerance
+from matteserve_client import INPUT_NAME, OUTPUT_NAME, TOLERANCES, AlphaTolerance
 from matteserve_export._errors import PrecisionError
 from matteserve_export._mixed import FLOAT_TYPES, constants_as_initializers, lower
 from matteserve_export._names import WRAP_PREFIX
@@ -54,20 +54,6 @@ KEPT: Mapping[str, str] = MappingProxyType(
     }
 )
 """What computes in float32 in a reduced graph, and why."""
-
-TOLERANCES: Mapping[Precision, AlphaTolerance] = MappingProxyType(
-    {
-        # The same arithmetic elsewhere: sums in another order may move a value over a rounding edge.
-        "fp32": AlphaTolerance(max_abs=2 / 255, p999_abs=1 / 255, mean_abs=0.05 / 255, min_iou=0.999),
-        # 11 bits, rounded after every node of a hundred or a thousand: the aim, and all models here are within it.
-        "fp16": AlphaTolerance(max_abs=4 / 255, p999_abs=3 / 255, mean_abs=0.3 / 255, min_iou=0.999),
-        # 8 bits: about 8 times as far. Edges move by a level or two, objects must not.
-        "bf16": AlphaTolerance(max_abs=24 / 255, p999_abs=12 / 255, mean_abs=2 / 255, min_iou=0.99),
-        # 8 bits and one scale for a whole tensor: single pixels of soft edges are far off, objects must not be.
-        "int8": AlphaTolerance(max_abs=96 / 255, p999_abs=40 / 255, mean_abs=4 / 255, min_iou=0.97),
-    }
-)
-"""How far the alpha of an engine may lie from that of its FP32 graph, per precision."""
 
 _LOW = MappingProxyType({"fp16": int(TensorProto.FLOAT16), "bf16": int(TensorProto.BFLOAT16)})
 _BF16_OPSET = 22

@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from matteserve_client import (
+    TOLERANCES,
     AlphaDifference,
     AlphaTolerance,
     ModelContract,
@@ -30,18 +30,8 @@ _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"
 _OVERLOAD_TRIES = 20
 _OVERLOAD_PAUSE_S = 0.25
 
+
 # What the exporter's gate holds engines to, for an engine whose manifest does not say it.
-DEFAULT_TOLERANCES = MappingProxyType(
-    {
-        "fp32": AlphaTolerance(max_abs=1.0001 / 255, p999_abs=1.0001 / 255, mean_abs=0.05 / 255, min_iou=0.999),
-        "fp16": AlphaTolerance(max_abs=4.0001 / 255, p999_abs=2.0001 / 255, mean_abs=0.3 / 255, min_iou=0.999),
-        "bf16": AlphaTolerance(max_abs=24.0001 / 255, p999_abs=10.0001 / 255, mean_abs=2.0 / 255, min_iou=0.99),
-        "int8": AlphaTolerance(max_abs=96.0001 / 255, p999_abs=40.0001 / 255, mean_abs=4.0 / 255, min_iou=0.97),
-    }
-)
-"""By precision: edges move, objects must not."""
-
-
 @dataclass(frozen=True)
 class Verified:
     """A verification that passed.
@@ -126,7 +116,7 @@ def tolerance_between(new: Manifest | None, old: Manifest | None, contracts: Seq
     first, second = (
         manifest.tolerance
         if manifest is not None and manifest.tolerance is not None
-        else DEFAULT_TOLERANCES.get(contract.precision, DEFAULT_TOLERANCES["fp16"])
+        else TOLERANCES.get(contract.precision, TOLERANCES["fp16"])
         for manifest, contract in zip((new, old), contracts, strict=True)
     )
     return AlphaTolerance(

@@ -34,7 +34,7 @@ from matteserve_export import (
 )
 from matteserve_export import build as build_module
 from matteserve_export._session import make_runner
-from matteserve_export.build import BuildConfig, build_engine, load_pictures, preflight
+from matteserve_export.build import BuildConfig, build_engine, preflight
 from matteserve_export.engine import CompilerOptions
 from matteserve_export.manifest import export_manifest, onnx_record, read_manifest
 from matteserve_export.precision import tolerance_for
@@ -258,8 +258,8 @@ def test_no_room(config: BuildConfig) -> None:
             "compute capability 5.2 is not",
         ),
         ({"precision": "int8"}, PrecisionError, "int8 needs pictures"),
-        ({"precision": "int8", "calibration": Path("nowhere")}, ExportError, "nowhere: no such folder"),
-        ({"images": Path("nowhere")}, ExportError, "nowhere: no such folder; give one with pictures"),
+        ({"precision": "int8", "calibration": Path("nowhere")}, ExportError, "nowhere: no such directory"),
+        ({"images": Path("nowhere")}, ExportError, "nowhere: no such directory; give one with pictures"),
     ],
 )
 def test_refusals(config: BuildConfig, changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -270,8 +270,8 @@ def test_refusals(config: BuildConfig, changes: dict[str, Any], error: type[Exce
 def test_no_pictures_in_the_folder(config: BuildConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "notes.txt").write_text("not a picture")
-    with pytest.raises(ExportError, match="empty holds no picture that can be read"):
-        load_pictures(tmp_path / "empty", preflight(config).contract)
+    with pytest.raises(ExportError, match="empty: no pictures in it"):
+        build_engine(dataclasses.replace(config, images=tmp_path / "empty"))
 
 
 def test_no_gpu_for_tensorrt(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
