@@ -109,6 +109,9 @@ def _create_session(config: dict[str, Any], args: dict[str, str]) -> Any:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     options.enable_cpu_mem_arena = parameters.get("enable_mem_arena", "1") != "0"
     options.enable_mem_pattern = parameters.get("enable_mem_pattern", "1") != "0"
+    # A thread that waits for the others spins, which burns the core that a client on this machine decodes and encodes with.
+    spinning = "session.intra_op.allow_spinning"
+    options.add_session_config_entry(spinning, parameters.get(spinning, "0"))
 
     kind = args["model_instance_kind"]
     provider = _PROVIDERS[kind]
