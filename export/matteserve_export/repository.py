@@ -71,8 +71,8 @@ class DynamicBatching:
     A bound of the queue, by size or by time, is not the default because of what it costs. Triton then no longer hands
     the next batch to an instance that is still at work, and its batcher thread, if a request arrives in that moment,
     sleeps on for up to half a second before it looks again (seen with Triton 2.51; the condition is
-    `support_prefetching_` in its scheduler): half the throughput of a model that takes 0.3 s a picture. Without a
-    bound, requests whose client gave up are still dropped from the queue uncomputed.
+    `support_prefetching_` in its scheduler). `bench/results/README.md` has what that costs. Without a bound, requests
+    whose client gave up are still dropped from the queue uncomputed.
 
     Attributes:
         max_queue_delay_us: How long the first request of a batch waits for others, in microseconds.

@@ -4,7 +4,7 @@ The `tritonserver` of the PyPI wheel has no native ONNX Runtime backend. This fi
 `onnxruntime/model.py`, makes `backend: "onnxruntime"` load there, so that one `config.pbtxt` serves in NVIDIA's
 container (native backend) and on a laptop. It reads the same keys of `parameters` as the native backend does:
 `intra_op_thread_count`, `inter_op_thread_count`, `execution_mode` (0 sequential, 1 parallel), `enable_mem_arena`,
-`enable_mem_pattern`. The environment variable MATTESERVE_ORT_THREADS overrides the intra-op count.
+`enable_mem_pattern`, and `session.intra_op.allow_spinning` (0 unless it is set to 1). The environment variable MATTESERVE_ORT_THREADS overrides the intra-op count.
 
 It runs inside Triton's stub process, so it imports nothing of matteserve.
 """
