@@ -4,7 +4,8 @@ The `tritonserver` of the PyPI wheel has no native ONNX Runtime backend. This fi
 `onnxruntime/model.py`, makes `backend: "onnxruntime"` load there, so that one `config.pbtxt` serves in NVIDIA's
 container (native backend) and on a laptop. It reads the same keys of `parameters` as the native backend does:
 `intra_op_thread_count`, `inter_op_thread_count`, `execution_mode` (0 sequential, 1 parallel), `enable_mem_arena`,
-`enable_mem_pattern`, and `session.intra_op.allow_spinning` (0 unless it is set to 1). The environment variable MATTESERVE_ORT_THREADS overrides the intra-op count.
+`enable_mem_pattern`, and `session.intra_op.allow_spinning` (0 unless it is set to 1). The environment variable
+MATTESERVE_ORT_THREADS overrides the intra-op count.
 
 It runs inside Triton's stub process, so it imports nothing of matteserve.
 """
@@ -109,7 +110,7 @@ def _create_session(config: dict[str, Any], args: dict[str, str]) -> Any:
         options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     options.enable_cpu_mem_arena = parameters.get("enable_mem_arena", "1") != "0"
     options.enable_mem_pattern = parameters.get("enable_mem_pattern", "1") != "0"
-    # A thread that waits for the others spins, which burns the core that a client on this machine decodes and encodes with.
+    # A thread that waits for the others would spin, and burn the core that a client beside it decodes and encodes with.
     spinning = "session.intra_op.allow_spinning"
     options.add_session_config_entry(spinning, parameters.get(spinning, "0"))
 
