@@ -82,12 +82,13 @@ def session_options(cost: float) -> dict[str, str]:
     """Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads.
 
     The CPU arena keeps what a run took for the next one. For a large network that is gigabytes held by an idle server,
-    to save a part of a run that takes seconds anyway.
+    to save a part of a run that takes seconds anyway. For the others ONNX Runtime would plan the memory of every batch
+    size that it meets, as one block each: under dynamic batching twice the memory, and a long run for each new size.
 
     Args:
         cost: Giga-MACs of one picture.
     """
-    return {"enable_mem_arena": "0"} if cost > _LARGE_GIGA_MACS else {}
+    return {"enable_mem_arena": "0"} if cost > _LARGE_GIGA_MACS else {"enable_mem_pattern": "0"}
 
 
 @dataclass(frozen=True)
