@@ -27,7 +27,7 @@ from matteserve_server import (
     UnknownModelError,
 )
 from matteserve_server.control import Health
-from support.tiny_model import SIZE, write_config, write_repository
+from support.tiny_model import SIZE, red_channel, write_config, write_repository
 
 pytestmark = pytest.mark.triton
 
@@ -75,6 +75,37 @@ def server(repository: Path) -> Iterator[EmbeddedServer]:
 def test_rows_come_back_right_and_in_order(server: EmbeddedServer, rows: int) -> None:
     image = random_images(rows, seed=rows)
     np.testing.assert_array_equal(infer(server, image), image[..., 0])
+
+
+def batch_size_as_alpha() -> onnx.ModelProto:
+    nodes = [
+        onnx.helper.make_node("Shape", ["image"], ["batch"], start=0, end=1),
+        onnx.helper.make_node("Cast", ["batch"], ["alpha_of_all"], to=onnx.TensorProto.UINT8),
+        onnx.helper.make_node("Shape", ["image"], ["shape"], start=0, end=3),
+        onnx.helper.make_node("Expand", ["alpha_of_all", "shape"], ["alpha"]),
+    ]
+    graph = red_channel(0).graph
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "rows_per_run"), [({}, 1), ({"split_batches": "1"}, 1), ({"split_batches": "0"}, 3)]
+)
+def test_on_a_cpu_rows_of_a_batch_are_run_one_by_one_unless_told_otherwise(
+    tmp_path: Path, parameter: dict[str, str], rows_per_run: int
+) -> None:
+    repository = write_repository(tmp_path)
+    onnx.save(batch_size_as_alpha(), repository / ENGINE / "1" / "model.onnx")
+
+    def set_parameter(config: pb.ModelConfig) -> None:
+        for key, value in parameter.items():
+            config.parameters[key].string_value = value
+
+    change_config(repository, set_parameter)
+    with EmbeddedServer(options(repository)) as server:
+        np.testing.assert_array_equal(infer(server, random_images(3)), np.full((3, SIZE, SIZE), rows_per_run))
 
 
 def test_concurrent_requests_of_different_batch_sizes_are_split_right(server: EmbeddedServer) -> None:

@@ -7,6 +7,10 @@ container (native backend) and on a laptop. It reads the same keys of `parameter
 `enable_mem_pattern`, and `session.intra_op.allow_spinning` (0 unless it is set to 1). The environment variable
 MATTESERVE_ORT_THREADS overrides the intra-op count.
 
+On a CPU one picture keeps every core busy, and a batch would take as long as its pictures one by one, many times the
+memory, and make the first wait for the last. So there the pictures of a batch are run one by one, and every request is
+answered as soon as its own are done. `split_batches`, a key of this backend only, decides otherwise: 0 never, 1 always.
+
 It runs inside Triton's stub process, so it imports nothing of matteserve.
 """
 
@@ -47,22 +51,19 @@ class TritonPythonModel:
         self._input_names = [tensor["name"] for tensor in config["input"]]
         self._output_names = [tensor["name"] for tensor in config["output"]]
         self._batching = config.get("max_batch_size", 0) > 0
+        split = _parameters(config).get("split_batches", "1" if args["model_instance_kind"] == "CPU" else "0")
+        self._split = not self._batching or split != "0"
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer every request; with batching, all of them in one run of the session."""
-        groups = [requests] if self._batching else [[request] for request in requests]
-        return [response for group in groups for response in self._run(group)]
-
-    def _run(self, requests: list[Any]) -> list[Any]:
-        # A client that gave up must not cost a share of the batch.
-        alive = [request for request in requests if not request.is_cancelled()]
-        outcomes = iter(self._infer(alive) if alive else [])
-        return [
-            _error("the client cancelled the request", pb_utils.TritonError.CANCELLED)
-            if all(request is not other for other in alive)
-            else next(outcomes)
-            for request in requests
-        ]
+    def execute(self, requests: list[Any]) -> None:
+        """Answer every request: all of them by one run of the session, or each as soon as its own rows are done."""
+        for group in [[request] for request in requests] if self._split else [requests]:
+            # A client that gave up must not cost a share of the batch.
+            alive = [request for request in group if not request.is_cancelled()]
+            for request in group:
+                if all(request is not other for other in alive):
+                    _answer(request, _error("the client cancelled the request", pb_utils.TritonError.CANCELLED))
+            for request, response in zip(alive, self._infer(alive) if alive else [], strict=True):
+                _answer(request, response)
 
     def _infer(self, requests: list[Any]) -> list[Any]:
         try:
@@ -71,7 +72,7 @@ class TritonPythonModel:
                 parts = [_to_numpy(pb_utils.get_input_tensor_by_name(request, name)) for request in requests]
                 rows = [len(part) for part in parts] if self._batching else rows
                 feeds[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            results = self._session.run(self._output_names, feeds)
+            results = self._run(feeds, sum(rows))
         except Exception as exc:
             pb_utils.Logger.log_error(f"{self._log_name}: {exc}")
             return [_error(f"ONNX Runtime failed: {exc}", pb_utils.TritonError.INTERNAL) for _ in requests]
@@ -87,9 +88,22 @@ class TritonPythonModel:
             for arrays in split
         ]
 
+    def _run(self, feeds: dict[str, np.ndarray[Any, Any]], rows: int) -> list[np.ndarray[Any, Any]]:
+        if not (self._split and self._batching) or rows == 1:
+            return self._session.run(self._output_names, feeds)  # type: ignore[no-any-return]
+        runs = [
+            self._session.run(self._output_names, {name: array[row : row + 1] for name, array in feeds.items()})
+            for row in range(rows)
+        ]
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
     def finalize(self) -> None:
         """Release the session's memory before the process ends."""
         self._session = None
+
+
+def _parameters(config: dict[str, Any]) -> dict[str, str]:
+    return {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
 
 
 def _create_session(config: dict[str, Any], args: dict[str, str]) -> Any:
@@ -99,7 +113,7 @@ def _create_session(config: dict[str, Any], args: dict[str, str]) -> Any:
         raise pb_utils.TritonModelException(
             "the Python environment of the server has no onnxruntime; install matteserve[server] into it"
         ) from exc
-    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    parameters = _parameters(config)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors; warnings about folded constants would fill the server's log
     options.intra_op_num_threads = int(
@@ -162,6 +176,10 @@ def _to_tensor(name: str, array: np.ndarray[Any, Any]) -> Any:
     tensor = pb_utils.Tensor.from_dlpack(name, capsule)
     _set_capsule_name(capsule, ctypes.addressof(_CONSUMED))
     return tensor
+
+
+def _answer(request: Any, response: Any) -> None:
+    request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _error(message: str, code: int) -> Any:
