@@ -164,6 +164,6 @@ def _manifest_of(command_line: list[str], engine: str) -> dict[str, Any] | None:
                 manifest = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
-            wanted = ("onnx", "plan", "producer", "compute_capability", "profile", "macs")
+            wanted = ("onnx", "plan", "producer", "compute_capability", "profile", "giga_macs")
             return {key: manifest[key] for key in wanted if key in manifest}
     return None

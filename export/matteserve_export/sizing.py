@@ -17,15 +17,15 @@ __all__ = ["GatePlan", "default_batch_size", "default_batching", "gate_plan", "g
 # convolutions, and the side of the square picture they were counted at. They grow with the area.
 _COUNTED = {
     "u2net": (58.6, 320),
-    "u2netp": (19.8, 320),
+    "u2netp": (19.76, 320),
     "silueta": (58.6, 320),  # a smaller U²-Net that nobody counted
-    "isnet": (159.7, 1024),
-    "isnet_anime": (159.7, 1024),
-    "birefnet": (1267.5, 1024),
-    "birefnet_lite": (321.0, 1024),
-    "birefnet_swin_b": (673.3, 1024),
-    "birefnet_swin_s": (439.6, 1024),
-    "birefnet_pvt_v2_b2": (347.0, 1024),
+    "isnet": (159.6, 1024),
+    "isnet_anime": (159.6, 1024),
+    "birefnet": (1265.8, 1024),
+    "birefnet_lite": (319.4, 1024),
+    "birefnet_swin_b": (671.7, 1024),
+    "birefnet_swin_s": (438.0, 1024),
+    "birefnet_pvt_v2_b2": (345.5, 1024),
 }
 # Nobody counted it: taken for as costly as the costliest, so that a surprise is a pleasant one.
 _UNCOUNTED = _COUNTED["birefnet"]

@@ -103,15 +103,15 @@ def test_gpu_energy_price_and_roofline() -> None:
     assert summary.images_per_joule == pytest.approx(299 / 4500)
     assert summary.cost_per_1000_images == pytest.approx(1.0 / images_per_s)
     assert summary.roofline is not None
-    assert summary.roofline.share == pytest.approx(images_per_s / 2 * 19.8e9 * 2 / 989e12)
+    assert summary.roofline.share == pytest.approx(images_per_s / 2 * 19.76e9 * 2 / 989e12)
     assert summary.roofline.source.startswith("NVIDIA H100 SXM")
 
 
 def test_work_of_an_image() -> None:
     model = HEADER["model"]
-    assert gmac_per_image(model) == 19.8
-    assert gmac_per_image({**model, "height": 160}) == pytest.approx(9.9)
-    assert gmac_per_image({**model, "manifest": {"macs": 7_000_000_000}}) == 7.0
+    assert gmac_per_image(model) == 19.76
+    assert gmac_per_image({**model, "height": 160}) == pytest.approx(9.88)
+    assert gmac_per_image({**model, "manifest": {"giga_macs": 7.0}}) == 7.0
     assert gmac_per_image({**model, "architecture": "other"}) is None
 
 
@@ -138,4 +138,13 @@ def test_unknown_peaks_give_no_roofline() -> None:
     assert roofline_of(HEADER, 10.0) is None
     given = roofline_of(HEADER, 10.0, peak_tops=1.0)
     assert given is not None
-    assert given.share == pytest.approx(10 * 19.8e9 * 2 / 1e12)
+    assert given.share == pytest.approx(10 * 19.76e9 * 2 / 1e12)
+
+
+def test_work_without_a_manifest_is_what_the_exporter_writes_into_manifests() -> None:
+    from matteserve_bench.hardware import _WORK
+    from matteserve_export.sizing import giga_macs
+
+    assert {name: giga_macs(name, *size) for name, (_, size) in _WORK.items()} == {
+        name: work for name, (work, _) in _WORK.items()
+    }
