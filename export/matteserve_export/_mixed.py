@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from matteserve_export._errors import PrecisionError
 
-__all__ = ["FLOAT_TYPES", "constants_as_initializers", "largest", "lower", "value_types"]
+__all__ = ["FLOAT_TYPES", "constants_as_initializers", "largest", "lower", "value_types", "without_weights"]
 
 FLOAT_TYPES = MappingProxyType(
     {
@@ -41,10 +41,7 @@ def largest(dtype: int) -> float:
 def value_types(model: onnx.ModelProto) -> dict[str, int]:
     """Element type of every value of the graph: inputs, initializers, and what the nodes make."""
     # Shape inference works on a serialized copy; gigabytes of weights tell it nothing, as inputs they are as good.
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    light.graph.name = model.graph.name
-    for field in ("node", "input", "output"):
-        getattr(light.graph, field).extend(getattr(model.graph, field))
+    light = without_weights(model)
     for tensor in model.graph.initializer:
         if tensor.ByteSize() > _SMALL:
             light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -55,6 +52,22 @@ def value_types(model: onnx.ModelProto) -> dict[str, int]:
     for value in (*graph.input, *graph.value_info, *graph.output):
         types[value.name] = int(value.type.tensor_type.elem_type)
     return types
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without the initializers, which are nearly all of a model, and without inferred shapes."""
+    graph = onnx.GraphProto(
+        name=model.graph.name, node=model.graph.node, input=model.graph.input, output=model.graph.output
+    )
+    return onnx.ModelProto(
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        opset_import=model.opset_import,
+        functions=model.functions,
+        metadata_props=model.metadata_props,
+        graph=graph,
+    )
 
 
 def constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -91,14 +104,13 @@ def lower(model: onnx.ModelProto, low: int, keep: Callable[[NodeProto], bool]) -
     Raises:
         PrecisionError: A weight is beyond the type's range, or a value's type cannot be inferred.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = without_weights(model)
     graph = result.graph
     types = value_types(model)
     computes = [_FLOAT if keep(node) else low for node in graph.node]
 
     # A constant keeps its name; one with readers of both types exists twice.
-    wanted_as: dict[str, set[int]] = {tensor.name: set() for tensor in graph.initializer}
+    wanted_as: dict[str, set[int]] = {tensor.name: set() for tensor in model.graph.initializer}
     for node, compute in zip(graph.node, computes, strict=True):
         for index, name in enumerate(node.input):
             if name in wanted_as and types[name] in FLOAT_TYPES:
@@ -108,16 +120,15 @@ def lower(model: onnx.ModelProto, low: int, keep: Callable[[NodeProto], bool]) -
                 raise PrecisionError(f"the type of {name!r}, made by {node.op_type} {node.name!r}, cannot be inferred")
             if types.get(name) in FLOAT_TYPES:
                 types[name] = compute
-    initializers = []
-    for tensor in graph.initializer:
+    for tensor in model.graph.initializer:
         variants = sorted(wanted_as[tensor.name], reverse=True) or [int(tensor.data_type)]
         types[tensor.name] = variants[0]
         for dtype in variants:
             name = tensor.name if dtype == variants[0] else _cast_name(tensor.name, dtype)
-            initializers.append(_constant(tensor, name, dtype))
+            graph.initializer.append(_constant(tensor, name, dtype))
 
     nodes: list[NodeProto] = []
-    cast = {tensor.name for tensor in initializers}  # casts that exist already, and constants in a second type
+    cast = {tensor.name for tensor in graph.initializer}  # casts that exist already, and constants in a second type
     for node, compute in zip(graph.node, computes, strict=True):
         for index, name in enumerate(node.input):
             wanted = _input_type(node, index, compute)
@@ -132,8 +143,8 @@ def lower(model: onnx.ModelProto, low: int, keep: Callable[[NodeProto], bool]) -
             node.attribute.append(helper.make_attribute("to", compute))
         nodes.append(node)
 
-    fresh = helper.make_graph(nodes, graph.name, graph.input, graph.output, initializers)
-    graph.CopyFrom(fresh)
+    del graph.node[:]
+    graph.node.extend(nodes)
     return result
 
 

@@ -23,7 +23,7 @@ from matteserve_export.pull import pull as pull_weights
 from matteserve_export.weights import REGISTRY, PatchOrder, SourceKind, Weights, find_weights
 
 if TYPE_CHECKING:
-    from matteserve_export.pipeline import DeformConv, InputKind
+    from matteserve_export.pipeline import InputKind
 
 __all__ = ["export", "pull", "weights"]
 
@@ -80,13 +80,6 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     help="Refuse requests beyond so many waiting ones; costs throughput, see docs/serving.md.  [default: no bound]",
 )
 @click.option(
-    "--deform-conv",
-    type=click.Choice(["native", "grid-sample"]),
-    default="native",
-    show_default=True,
-    help="BiRefNet's deformable convolutions: native for ONNX Runtime, grid-sample for TensorRT.",
-)
-@click.option(
     "--patch-order",
     type=click.Choice(["current", "legacy"]),
     help="BiRefNet: the order of image patches that the checkpoint expects.  [default: what is recorded]",
@@ -103,7 +96,6 @@ def export(
     size: tuple[int, int] | None,
     max_batch_size: int | None,
     max_queue_size: int,
-    deform_conv: DeformConv,
     patch_order: PatchOrder | None,
     accept_non_commercial: bool,
     as_json: bool,
@@ -140,7 +132,6 @@ def export(
                 size=size,
                 max_batch_size=max_batch_size,
                 max_queue_size=max_queue_size,
-                deform_conv=deform_conv,
                 patch_order=patch_order,
                 accept_non_commercial=accept_non_commercial,
             )

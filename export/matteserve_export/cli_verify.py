@@ -156,7 +156,8 @@ def _write_sheet(
         key=lambda place: found[place[0]][place[1]].difference.mean_abs,
     )
     outcome = found[name][number]
-    _, run = engines.open(name).runs[number]
+    _, open_run = engines.open(name).runs[number]
+    run = open_run()
     reference_run = engines.open_reference()
     worst = sorted(range(len(images)), key=lambda i: -outcome.per_image[i])[:_SHEET_ROWS]
     chosen = images[worst]

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from matteserve_export._mixed import FLOAT_TYPES, largest, value_types
+from matteserve_export._mixed import FLOAT_TYPES, largest, value_types, without_weights
 from matteserve_export._names import WRAP_PREFIX
 from matteserve_export._session import run_outputs
 
@@ -39,8 +39,7 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
         A graph for any float32 runtime, with the same inputs and outputs; equal to the model if nothing in it is
         stored in a lower type.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = without_weights(model)
     graph = result.graph
     types = value_types(model)
     low = {name for name, dtype in types.items() if dtype in FLOAT_TYPES and dtype != _FLOAT}
@@ -57,13 +56,12 @@ def emulate(model: onnx.ModelProto) -> onnx.ModelProto:
         for name in rounded:
             nodes.append(helper.make_node("Cast", [f"{name}/exact"], [f"{name}/stored"], to=types[name]))
             nodes.append(helper.make_node("Cast", [f"{name}/stored"], [name], to=_FLOAT))
-    constants = [
-        numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-        if tensor.name in low
-        else tensor
-        for tensor in graph.initializer
-    ]
-    graph.CopyFrom(helper.make_graph(nodes, graph.name, graph.input, graph.output, constants))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for tensor in model.graph.initializer:
+        if tensor.name in low:
+            tensor = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+        graph.initializer.append(tensor)
     return result
 
 

@@ -54,13 +54,12 @@ from matteserve_export.sizing import (
 from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, export_core
 from matteserve_export.weights import PatchOrder, Weights
 
-__all__ = ["DeformConv", "ExportConfig", "ExportResult", "InputKind", "export_model"]
+__all__ = ["ExportConfig", "ExportResult", "InputKind", "export_model"]
 
 _LOG = logging.getLogger(__name__)
 _CONFORMANCE_SEED = 0
 
 InputKind = Literal["checkpoint", "onnx", "conformance"]
-DeformConv = Literal["native", "grid-sample"]
 
 
 @dataclass(frozen=True)
@@ -77,8 +76,6 @@ class ExportConfig:
         size: (height, width); None takes the weights' own.
         max_batch_size: Largest batch of the engine; None chooses by the cost of a picture.
         opset: ONNX operator set of an exported network; None takes the exporter's.
-        deform_conv: BiRefNet's deformable convolutions: "native" is fastest in ONNX Runtime, "grid-sample" is for
-            parsers that do not know the operator.
         patch_order: BiRefNet checkpoints: overrides what the registry records.
         accept_non_commercial: Weights whose licence forbids commercial use are refused without it.
         max_queue_size: Requests that may wait; 0 sets no bound. See `DynamicBatching` for what a bound costs.
@@ -94,7 +91,6 @@ class ExportConfig:
     size: tuple[int, int] | None = None
     max_batch_size: int | None = None
     opset: int | None = None
-    deform_conv: DeformConv = "native"
     patch_order: PatchOrder | None = None
     accept_non_commercial: bool = False
     max_queue_size: int = 0
@@ -116,12 +112,9 @@ class ExportConfig:
                     f"of {multiple}, from {multiple} to 4096"
                 )
         self.weights.require_acceptance(self.accept_non_commercial)
-        if self.kind == "onnx" or not self.weights.has_patch_order:
+        if self.patch_order is not None and (self.kind == "onnx" or not self.weights.has_patch_order):
             why = "an ONNX has it built in" if self.kind == "onnx" else "only BiRefNet has one"
-            if self.patch_order is not None:
-                raise ExportError(f"{self.weights.name}: no patch order can be chosen here: {why}")
-            if self.deform_conv != "native":
-                raise ExportError(f"{self.weights.name}: no deformable convolution can be chosen here: {why}")
+            raise ExportError(f"{self.weights.name}: no patch order can be chosen here: {why}")
 
     @property
     def wanted_size(self) -> tuple[int, int]:
@@ -269,8 +262,6 @@ def _from_torch(config: ExportConfig, wrap: ServingConfig) -> _Graph:
     options: dict[str, Any] = {"output_name": "logits" if weights.sigmoid else "probability"}
     if config.opset is not None:
         options["opset"] = config.opset
-    if weights.has_patch_order:
-        options["deform_conv"] = config.deform_conv
     core = export_core(model, ToOnnxConfig(height, width, **options))
     return _Graph(Core(core, height, width, batched=True), max_batch_size, plan, scenes, reference_maps)
 
@@ -432,7 +423,5 @@ def _manifest(
     if order is not None:
         # The graph always has the current order; this is what the checkpoint was read as.
         manifest["weights"] |= {"patch_order": order, "patch_order_basis": _basis(config)}
-    if weights.has_patch_order and config.kind != "onnx":
-        manifest["deform_conv"] = config.deform_conv
     manifest["giga_macs"] = round(cost, 1)
     return manifest

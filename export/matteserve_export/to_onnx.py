@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx
 import torch
@@ -30,7 +29,7 @@ _SHAPE_OPERATORS = frozenset({"Shape", "Size", "If", "Loop", "Range", "NonZero",
 # TensorRT's parser takes 16 to 19 without surprises: at 20 some versions read GridSample's mode wrongly, and GELU is a
 # node of its own. LayerNormalization is one node from 17 on, DeformConv takes what torch means by it from 19 on.
 _OPSETS = range(17, 20)
-_NATIVE_OPSET = 19
+_DEFORM_CONV_OPSET = 19
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,16 @@ class ToOnnxConfig:
         width: Input width in pixels.
         output_name: "probability", or "logits" where the sigmoid is still to come.
         opset: ONNX operator set, 17 to 19; None, and too small a number, means the least that the network needs.
-        deform_conv: Form of deformable convolutions: "native" is ONNX `DeformConv`, the fastest and leanest in ONNX
-            Runtime; "grid-sample" is made of operators that every TensorRT knows.
     """
 
     height: int
     width: int
     output_name: str = "probability"
     opset: int | None = None
-    deform_conv: Literal["native", "grid-sample"] = "native"
 
     def __post_init__(self) -> None:
         if self.opset is not None and self.opset not in _OPSETS:
             raise OnnxError(f"operator set {self.opset} is not supported; allowed are {_OPSETS[0]} to {_OPSETS[-1]}")
-        if self.deform_conv not in ("native", "grid-sample"):
-            raise OnnxError(f"deform_conv is {self.deform_conv!r}; allowed are native and grid-sample")
 
 
 def export_core(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto:
@@ -64,7 +58,7 @@ def export_core(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto
 
     Args:
         model: Maps normalised pixel values, (B, 3, H, W) float32 RGB, to one map (B, 1, H, W) float32.
-        config: Size, output name, operator set, form of deformable convolutions.
+        config: Size, output name, operator set.
 
     Returns:
         The simplified graph with input `pixel_values` [batch, 3, H, W] and one output [batch, 1, H, W].
@@ -96,12 +90,10 @@ def export_core(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto
 def _trace(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto:
     """Run torch's exporter; weights become inputs of the graph."""
     names = [CORE_INPUT_NAME, config.output_name]
-    deformable = [module for module in model.modules() if isinstance(module, DeformableConv2d)]
-    needed = _NATIVE_OPSET if deformable and config.deform_conv == "native" else _OPSETS[0]
+    deformable = any(isinstance(module, DeformableConv2d) for module in model.modules())
+    needed = _DEFORM_CONV_OPSET if deformable else _OPSETS[0]
     stream = io.BytesIO()
     try:
-        for module in deformable:
-            module.form = config.deform_conv
         with torch.no_grad(), warnings.catch_warnings():
             # The TorchScript exporter is chosen on purpose: it keeps the batch symbolic for every network here, the
             # newer one does not. Only its own announcement of retirement is silenced.
@@ -123,9 +115,6 @@ def _trace(model: torch.nn.Module, config: ToOnnxConfig) -> onnx.ModelProto:
             )
     except (RuntimeError, torch.onnx.OnnxExporterError) as exc:
         raise OnnxError(f"torch could not export the network at {config.height}x{config.width}: {exc}") from exc
-    finally:
-        for module in deformable:
-            module.form = "taps"
     return onnx.load_from_string(stream.getvalue())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -36,13 +36,13 @@ class EngineUnderTest:
         name: Name in the repository.
         contract: Size and batch.
         tolerance: How far its alpha may lie from the FP32 engine's.
-        runs: Who computes, and the run.
+        runs: Who computes, and what opens the run.
     """
 
     name: str
     contract: ModelContract
     tolerance: AlphaTolerance
-    runs: tuple[tuple[Method, EngineRun], ...]
+    runs: tuple[tuple[Method, Callable[[], EngineRun]], ...]
 
 
 class Engines(Protocol):
@@ -85,7 +85,7 @@ def verify_engine(
     batches = sorted({1, min(LARGEST_BATCH, subject.contract.max_batch_size)})
     return tuple(
         gate_engine(
-            run,
+            open_run(),
             reference_run,
             images,
             subject.tolerance,
@@ -93,7 +93,7 @@ def verify_engine(
             batch_sizes=batches,
             name=f"{engine} vs {engines.reference}",
         )
-        for method, run in subject.runs
+        for method, open_run in subject.runs
     )
 
 
@@ -206,7 +206,7 @@ class ServedEngines:
             )
         contract = self.contract(engine)
         tolerance = tolerance_for(check_precision(contract.precision), contract.architecture)
-        return EngineUnderTest(engine, contract, tolerance, (("server", self._run(engine)),))
+        return EngineUnderTest(engine, contract, tolerance, (("server", lambda: self._run(engine)),))
 
     def open_reference(self) -> EngineRun:
         """A run of the FP32 engine."""

@@ -281,7 +281,7 @@ def test_the_manifest_says_which_order_was_assumed(
     manifest = json.loads((result.engine_path / "1" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["weights"]["patch_order"] == "legacy"
     assert "before the change" in manifest["weights"]["patch_order_basis"]
-    assert manifest["deform_conv"] == "native"
+    assert manifest["onnx"]["nodes_by_type"]["DeformConv"] == 20
     assert "patch order of the checkpoint: legacy" in (result.engine_path / "MODEL_CARD.md").read_text(encoding="utf-8")
     wrap = ServingConfig(config.weights.mean, config.weights.std, sigmoid=True)
     images = make_scenes(2, 64, 64, seed=9)
@@ -367,9 +367,7 @@ def test_export_command_takes_the_cache(
         (["silueta", "--init", "conformance"], "there is no torch code for the architecture 'silueta' here"),
         (["u2netp", "--weights", "a.pth", "--patch-order", "legacy"], "only BiRefNet has one"),
         (["birefnet", "--onnx", "a.onnx", "--patch-order", "legacy"], "no patch order can be chosen here: an ONNX has"),
-        (["isnet", "--weights", "a.pth", "--deform-conv", "grid-sample"], "no deformable convolution can be chosen"),
         (["birefnet", "--weights", "a.pth", "--patch-order", "old"], "'old' is not one of"),
-        (["birefnet", "--weights", "a.pth", "--deform-conv", "expanded"], "'expanded' is not one of"),
         (["bria-rmbg", "--onnx", "a.onnx"], "CC-BY-NC-4.0, which forbids commercial use"),
         (["birefnet", "--weights", "a.pth", "--size", "1000"], "multiples of 32, from 32 to 4096"),
         (["u2netp", "--weights", "a.pth"], "Error: a.pth: no such file"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from matteserve_export import OnnxError
+from matteserve_export.lowering import lower_deform_conv
 from matteserve_export.models import build_model
 from matteserve_export.models.deform_conv import DeformableConv2d
 from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, describe_nodes, export_core
@@ -68,7 +69,6 @@ def test_what_torch_cannot_export() -> None:
     [
         ({"opset": 16}, "operator set 16 is not supported; allowed are 17 to 19"),
         ({"opset": 20}, "operator set 20 is not supported; allowed are 17 to 19"),
-        ({"deform_conv": "expanded"}, "deform_conv is 'expanded'; allowed are native and grid-sample"),
     ],
 )
 def test_unknown_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -89,33 +89,21 @@ class _Deformable(nn.Module):
         return self.head(torch.relu(self.bn(self.conv(x))))
 
 
-@pytest.mark.parametrize(
-    ("form", "asked", "opset", "operators"),
-    [
-        ("native", None, 19, {"Conv": 3, "Sigmoid": 1, "DeformConv": 1, "Relu": 1}),
-        ("native", 17, 19, {"Conv": 3, "Sigmoid": 1, "DeformConv": 1, "Relu": 1}),
-        ("grid-sample", None, 17, {"Conv": 4, "Sigmoid": 1, "GridSample": 1, "Relu": 1, "Add": 1, "Mul": 1}),
-        ("grid-sample", 18, 18, {"Conv": 4, "Sigmoid": 1, "GridSample": 1, "Relu": 1, "Add": 1, "Mul": 1}),
-    ],
-)
-def test_forms_of_a_deformable_convolution(
-    form: Literal["native", "grid-sample"], asked: int | None, opset: int, operators: dict[str, int]
-) -> None:
+@pytest.mark.parametrize("asked", [None, 17])
+def test_a_deformable_convolution_is_one_node(asked: int | None) -> None:
     model = _Deformable().eval()
     fill(model, seed=2)
-    core = export_core(model, ToOnnxConfig(32, 64, "logits", asked, form))
-    assert [(entry.domain, entry.version) for entry in core.opset_import] == [("", opset)]
-    counts = dict(count_nodes(core))
-    assert all(counts.pop(name, 0) < 6 for name in ("Reshape", "Transpose"))
-    assert counts == operators
-    for node in core.graph.node:
-        if node.op_type == "GridSample":
-            attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
-            assert attributes == {"mode": b"bilinear", "padding_mode": b"zeros", "align_corners": 0}
-    assert model.conv.form == "taps"  # the network is as it was
+    core = export_core(model, ToOnnxConfig(32, 64, "logits", asked))
+    assert [(entry.domain, entry.version) for entry in core.opset_import] == [("", 19)]
+    assert dict(count_nodes(core)) == {"Conv": 3, "Sigmoid": 1, "DeformConv": 1, "Relu": 1}
     x = pixel_values(1, (2, 3, 32, 64))
     with torch.no_grad():
-        np.testing.assert_allclose(run(core, x), model(x).numpy(), rtol=0, atol=2e-5)
+        expected = model(x).numpy()
+    np.testing.assert_allclose(run(core, x), expected, rtol=0, atol=2e-5)
+    # For compilers without the operator.
+    lowered = lower_deform_conv(core)
+    assert "DeformConv" not in count_nodes(lowered)
+    np.testing.assert_allclose(run(lowered, x), expected, rtol=0, atol=2e-5)
 
 
 class _Sums(nn.Module):
