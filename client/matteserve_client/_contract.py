@@ -20,6 +20,7 @@ _PREFIX = "matteserve."
 
 ResampleFilter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Fit = Literal["stretch"]
+Numerics = Literal["reference", "rembg"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ModelContract:
         weights_licence: SPDX expression, or "unknown".
         engine: What runs the graph: "onnx", "trt" or "rtx".
         precision: Arithmetic of the graph: "fp32", "fp16", "bf16" or "int8".
+        numerics: Whose pre- and post-processing the graph has: "reference", of the weights' authors, or "rembg".
     """
 
     height: int
@@ -53,6 +55,7 @@ class ModelContract:
     weights_licence: str = "unknown"
     engine: str = "onnx"
     precision: str = "fp32"
+    numerics: Numerics = "reference"
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "max_batch_size"):
@@ -62,6 +65,7 @@ class ModelContract:
             ("resample", get_args(ResampleFilter)),
             ("alpha_resample", get_args(ResampleFilter)),
             ("fit", get_args(Fit)),
+            ("numerics", get_args(Numerics)),
         ):
             if getattr(self, name) not in allowed:
                 raise ContractError(

@@ -117,7 +117,8 @@ class Core:
         enough: int | None = None
         if alpha_only and self._parity is None:
             contract = yield from self.contract(model, timeout_s)
-            enough = _MARGIN * max(contract.height, contract.width)
+            if contract.numerics == "reference":
+                enough = _MARGIN * max(contract.height, contract.width)
         picture, decode = yield Compute(lambda: load_picture(image, max_pixels=self._max_pixels, at_least=enough))
         name = yield from self._name(model, limit)
         for attempt in (1, 2):

@@ -141,7 +141,8 @@ def full_size_alpha(
     With `parity="rembg"` the filter is Lanczos, as in rembg. rembg truncates its mask to uint8 where the server rounds,
     so before the filter the two differ by at most 1/255, and after it this follows the middle between the two:
     within 1/255 of rembg's, but for about 0.2 % of the pixels of a picture of another size, which reach 2/255
-    (3/255 in masks of noise), because Pillow's uint8 filter rounds between its two passes.
+    (3/255 in masks of noise), because Pillow's uint8 filter rounds between its two passes. An engine whose contract has
+    rembg's numerics truncates itself; then nothing is left to do.
 
     Args:
         answer: Alpha of the model, shape (height, width), uint8.
@@ -155,7 +156,7 @@ def full_size_alpha(
     height, width = picture.size
     alpha = Image.fromarray(answer)
     if answer.shape != (height, width):
-        if parity == "rembg":
+        if parity == "rembg" and contract.numerics != "rembg":
             alpha = _lanczos_of_truncated(answer, (height, width))
         else:
             alpha = alpha.resize((width, height), FILTERS[contract.alpha_resample])

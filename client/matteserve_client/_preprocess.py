@@ -29,12 +29,12 @@ def check_parity(parity: str | None, contract: ModelContract, model: str) -> Non
     """Refuse a parity mode that is not defined for the model.
 
     Raises:
-        ContractError: The model is not of the U²-Net family.
+        ContractError: The engine does not have those numerics, and is not of the U²-Net family either.
     """
-    if parity is not None and contract.architecture not in ("u2net", "u2netp"):
+    if parity is not None and contract.numerics != parity and contract.architecture not in ("u2net", "u2netp"):
         raise ContractError(
-            f"model {model!r}: parity={parity!r} is defined for u2net and u2netp, "
-            f"this model's architecture is {contract.architecture!r}; use parity=None"
+            f"model {model!r}: parity={parity!r} is defined for u2net and u2netp, this model's architecture is "
+            f"{contract.architecture!r}; use parity=None, or export it with `--numerics {parity}`"
         )
 
 
@@ -43,7 +43,8 @@ def image_tensor(picture: Picture, contract: ModelContract, *, parity: Parity | 
 
     With `parity="rembg"` the steps are rembg's own: Lanczos, then division by the largest sample *of the resized
     picture* (rembg divides by that instead of 255). The wire is uint8, so the division is `round(x * 255 / max)`:
-    where the maximum is 255 this is exact, else each sample is off by at most half a step of 1/255.
+    where the maximum is 255 this is exact, else each sample is off by at most half a step of 1/255. An engine whose
+    contract has these numerics divides itself, exactly, and gets the resized picture as it is.
 
     Args:
         picture: The decoded picture.
@@ -56,7 +57,7 @@ def image_tensor(picture: Picture, contract: ModelContract, *, parity: Parity | 
     name = "lanczos" if parity == "rembg" else contract.resample
     resized = picture.image.resize((contract.width, contract.height), FILTERS[name])
     tensor: NDArray[np.uint8] = np.asarray(resized)[None]
-    if parity == "rembg":
+    if parity == "rembg" and contract.numerics != "rembg":
         top = int(tensor.max())
         if 0 < top < 255:
             table = (np.arange(256, dtype=np.uint32) * 510 + top) // (2 * top)  # round half up of x * 255 / top

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from matteserve_client import MatteserveError
+from matteserve_client._contract import Numerics
 from matteserve_export._errors import ExportError
 from matteserve_export.pull import PullConfig, cache_directory, find_cached
 from matteserve_export.pull import pull as pull_weights
@@ -84,6 +85,13 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     type=click.Choice(["current", "legacy"]),
     help="BiRefNet: the order of image patches that the checkpoint expects.  [default: what is recorded]",
 )
+@click.option(
+    "--numerics",
+    type=click.Choice(["reference", "rembg"]),
+    default="reference",
+    show_default=True,
+    help="Whose pre- and post-processing: the weights' authors', or rembg's, for the masks that rembg gives.",
+)
 @_ACCEPT
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def export(
@@ -97,6 +105,7 @@ def export(
     max_batch_size: int | None,
     max_queue_size: int,
     patch_order: PatchOrder | None,
+    numerics: Numerics,
     accept_non_commercial: bool,
     as_json: bool,
 ) -> None:
@@ -133,6 +142,7 @@ def export(
                 max_batch_size=max_batch_size,
                 max_queue_size=max_queue_size,
                 patch_order=patch_order,
+                numerics=numerics,
                 accept_non_commercial=accept_non_commercial,
             )
         )

@@ -313,7 +313,9 @@ def compare_batches(serving: EngineRun, images: NDArray[np.uint8], batch_sizes: 
 
 def normalise(images: NDArray[np.uint8], config: ServingConfig) -> NDArray[np.float32]:
     """Reference pre-processing: [N, H, W, 3] uint8 RGB → [N, 3, H, W] float32, computed in float64."""
-    scaled = (images.astype(np.float64) / 255 - np.asarray(config.mean)) / np.asarray(config.std)
+    pictures = images.astype(np.float64)
+    divisor = np.maximum(pictures.max((1, 2, 3), keepdims=True), 1) if config.numerics == "rembg" else 255.0
+    scaled = (pictures / divisor - np.asarray(config.mean)) / np.asarray(config.std)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2).astype(np.float32))
 
 
@@ -327,7 +329,8 @@ def reference_alpha(maps: NDArray[Any], config: ServingConfig) -> NDArray[np.uin
             x = (x - x.min()) / extent
         if not np.isfinite(x).all():
             raise ParityError("the reference itself is not finite: the weights are broken; nothing was published")
-        alphas.append(np.rint(x.clip(0, 1) * 255).astype(np.uint8))
+        level = x.clip(0, 1) * 255
+        alphas.append((np.floor(level) if config.numerics == "rembg" else np.rint(level)).astype(np.uint8))
     return np.stack(alphas)
 
 

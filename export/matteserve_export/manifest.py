@@ -85,6 +85,7 @@ def export_manifest(
             "std": list(weights.std),
             "sigmoid": weights.sigmoid,
             "min_max": weights.min_max,
+            "numerics": contract.numerics,
         },
         "parity": list(parity),
         "tolerance": asdict(tolerance),

@@ -63,11 +63,13 @@ def _processing(size: Mapping[str, Any], weights: Weights) -> list[str]:
             *(["stretching each map to 0..1 by its own minimum and maximum"] if size["min_max"] else []),
         ]
     )
+    # Manifests of before there was a choice have no numerics.
+    divisor = "its largest sample, as rembg does," if size.get("numerics") == "rembg" else "255"
     mean, std = (", ".join(f"{value:g}" for value in size[key]) for key in ("mean", "std"))
     lines = [
         f"in: UINT8 [B, {size['height']}, {size['width']}, 3], RGB, B up to {size['max_batch_size']}; a picture is "
         f"stretched to it ({weights.resample})",
-        f"in the graph: division by 255, mean {mean}, standard deviation {std}{', then ' + post if post else ''}",
+        f"in the graph: division by {divisor}, mean {mean}, standard deviation {std}{', then ' + post if post else ''}",
         f"out: UINT8 [B, {size['height']}, {size['width']}], alpha; brought back to the picture's size "
         f"({weights.alpha_resample})",
     ]

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from matteserve_client import ModelContract
+from matteserve_client._contract import Numerics
 from matteserve_export._errors import ExportError, RepositoryError
 from matteserve_export._files import digest
 from matteserve_export._session import make_runner
@@ -77,6 +78,7 @@ class ExportConfig:
         max_batch_size: Largest batch of the engine; None chooses by the cost of a picture.
         opset: ONNX operator set of an exported network; None takes the exporter's.
         patch_order: BiRefNet checkpoints: overrides what the registry records.
+        numerics: Whose pre- and post-processing: "reference", of the weights' authors, or "rembg".
         accept_non_commercial: Weights whose licence forbids commercial use are refused without it.
         max_queue_size: Requests that may wait; 0 sets no bound. See `DynamicBatching` for what a bound costs.
         batching: Dynamic batcher; None chooses by the cost of a picture.
@@ -92,6 +94,7 @@ class ExportConfig:
     max_batch_size: int | None = None
     opset: int | None = None
     patch_order: PatchOrder | None = None
+    numerics: Numerics = "reference"
     accept_non_commercial: bool = False
     max_queue_size: int = 0
     batching: DynamicBatching | None = None
@@ -186,9 +189,12 @@ def export_model(config: ExportConfig) -> ExportResult:
         RepositoryError: The repository cannot be written.
     """
     started = time.monotonic()
+    config = replace(config, weights=config.weights.with_numerics(config.numerics))
     weights = config.weights
     _LOG.info("exporting %s from %s", config.model, config.path or "random weights")
-    wrap = ServingConfig(weights.mean, weights.std, sigmoid=weights.sigmoid, min_max=weights.min_max)
+    wrap = ServingConfig(
+        weights.mean, weights.std, sigmoid=weights.sigmoid, min_max=weights.min_max, numerics=config.numerics
+    )
 
     if config.kind == "onnx" and config.path is not None:
         graph = _from_onnx(config, config.path, wrap)
@@ -385,6 +391,7 @@ def _contract(config: ExportConfig, core: Core, max_batch_size: int) -> ModelCon
         weights=weights.name if config.path is not None else "random",
         weights_sha256=digest(config.path, "sha256") if config.path is not None else "",
         weights_licence=_licence(config),
+        numerics=config.numerics,
     )
 
 

@@ -2,8 +2,8 @@
 
 ::
 
-    image UINT8 [batch, H, W, 3] ─ Cast ─ Mul ─ Add ─ Transpose ─ core ─ [Sigmoid] ─ [min-max] ─ Mul 255 ─ Round ─ Clip
-                                                                  ─ Reshape ─ Cast ─ alpha UINT8 [batch, H, W]
+    image UINT8 [batch, H, W, 3] ─ Cast ─ [Div by maximum] ─ Mul ─ Add ─ Transpose ─ core ─ [Sigmoid] ─ Reshape
+                                 ─ [min-max] ─ Clip ─ Mul 255 ─ Round or Floor ─ Cast ─ alpha UINT8 [batch, H, W]
 
 The wrap fits any core: our own export, or a public float32 ONNX with one picture input, such as rembg's assets. The
 Cast must be the first node, because TensorRT takes uint8 inputs in no other way. The mean is not folded into the first
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from matteserve_client import INPUT_NAME, OUTPUT_NAME
+from matteserve_client._contract import Numerics
 from matteserve_export._errors import OnnxError
 from matteserve_export._names import BATCH_DIMENSION, WRAP_PREFIX
 from matteserve_export._session import run_model, run_outputs
@@ -51,12 +52,15 @@ class ServingConfig:
         std: Standard deviation per channel (R, G, B).
         sigmoid: Apply the sigmoid to the core's output.
         min_max: Stretch each map to 0..1 by its own minimum and maximum.
+        numerics: "rembg" divides a picture by its largest sample instead of 255 and truncates the alpha instead of
+            rounding it, as rembg does.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     sigmoid: bool = False
     min_max: bool = False
+    numerics: Numerics = "reference"
 
 
 @dataclass(frozen=True)
@@ -162,9 +166,15 @@ def build_serving(core: Core, config: ServingConfig) -> onnx.ModelProto:
     pre, post = _Chain(opset), _Chain(opset)
 
     mean, std = (np.asarray(value, np.float64) for value in (config.mean, config.std))
-    # (x / 255 − mean) / std as one multiplication and one addition, constants rounded once.
     x = pre.node("Cast", INPUT_NAME, to=TensorProto.FLOAT)
-    x = pre.node("Mul", x, pre.constant("scale", (1.0 / (255.0 * std)).astype(np.float32)))
+    if config.numerics == "rembg":
+        # A black picture is divided by one step instead of zero; it stays black, as it does in rembg.
+        largest = pre.node("Max", pre.reduce("ReduceMax", x, [1, 2, 3]), pre.constant("one_step", np.float32(1)))
+        x, divisor = pre.node("Div", x, largest), 1.0
+    else:
+        divisor = 255.0
+    # (x / divisor − mean) / std as one multiplication and one addition, constants rounded once.
+    x = pre.node("Mul", x, pre.constant("scale", (1.0 / (divisor * std)).astype(np.float32)))
     x = pre.node("Add", x, pre.constant("shift", (-mean / std).astype(np.float32)))
     core_input = inner.graph.input[0].name
     if core.batched:
@@ -184,7 +194,7 @@ def build_serving(core: Core, config: ServingConfig) -> onnx.ModelProto:
         alpha = post.min_max(alpha)
     zero, one, full = (post.constant(f"constant_{value}", np.float32(value)) for value in (0, 1, 255))
     alpha = post.node("Clip", alpha, zero, one)
-    alpha = post.node("Round", post.node("Mul", alpha, full))
+    alpha = post.node("Floor" if config.numerics == "rembg" else "Round", post.node("Mul", alpha, full))
     post.node("Cast", alpha, name=OUTPUT_NAME, to=TensorProto.UINT8)
 
     graph = helper.make_graph(
@@ -227,18 +237,18 @@ class _Chain:
 
     def min_max(self, x: str) -> str:
         """Stretch each map [batch, H, W] to 0..1; a flat one keeps its values."""
-        low, high = self.reduce("ReduceMin", x), self.reduce("ReduceMax", x)
+        low, high = self.reduce("ReduceMin", x, [1, 2]), self.reduce("ReduceMax", x, [1, 2])
         extent = self.node("Sub", high, low)
         flat_range = self.constant("flat_range", np.float32(FLAT_RANGE))
         stretched = self.node("Div", self.node("Sub", x, low), self.node("Max", extent, flat_range))
         return self.node("Where", self.node("Greater", extent, flat_range), stretched, x)
 
-    def reduce(self, operator: str, x: str) -> str:
-        """ReduceMin or ReduceMax over height and width; axes became an input with operator set 18."""
+    def reduce(self, operator: str, x: str, axes: list[int]) -> str:
+        """ReduceMin or ReduceMax; axes became an input with operator set 18."""
         if self.opset < 18:
-            return self.node(operator, x, axes=[1, 2], keepdims=1)
-        axes = self.constant(f"{operator}_axes", np.asarray([1, 2], np.int64))
-        return self.node(operator, x, axes, keepdims=1)
+            return self.node(operator, x, axes=axes, keepdims=1)
+        constant = self.constant(f"{operator}_axes_{len(axes)}", np.asarray(axes, np.int64))
+        return self.node(operator, x, constant, keepdims=1)
 
 
 def _opset(model: onnx.ModelProto) -> int:

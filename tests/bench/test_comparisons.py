@@ -93,7 +93,7 @@ def row(side: str, rate: float, errors: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def test_table_relates_every_side_to_rembg() -> None:
-    masks = {"parity": {"max": 2.0, "p999": 1.0, "mean": 0.25, "iou": 0.999, "pictures": 8}}
+    masks = {"rembg's numerics": {"max": 2.0, "p999": 1.0, "mean": 0.25, "iou": 0.999, "pictures": 8}}
     serving = {"bare_per_s": 4.0, "served_per_s": 3.8, "tax": 0.05, "session_ms": 250.0}
     results = {"u2netp": {"throughput": [row(REMBG, 2), row(OURS, 5, ("E",))], "masks": masks, "serving": serving}}
     text = table(results)

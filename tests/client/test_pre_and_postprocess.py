@@ -113,8 +113,18 @@ def test_parity_is_refused_for_other_architectures() -> None:
         check_parity("rembg", replace(CONTRACT, architecture="birefnet"), "m")
     assert str(caught.value) == (
         "model 'm': parity='rembg' is defined for u2net and u2netp, this model's architecture is 'birefnet'; "
-        "use parity=None"
+        "use parity=None, or export it with `--numerics rembg`"
     )
+
+
+def test_parity_leaves_an_engine_with_those_numerics_to_do_it() -> None:
+    contract = replace(CONTRACT, architecture="isnet", numerics="rembg", resample="lanczos", alpha_resample="lanczos")
+    check_parity("rembg", contract, "m")
+    dark = load_picture(Image.fromarray(np.full((50, 70, 3), 100, np.uint8)))
+    assert image_tensor(dark, contract, parity="rembg").max() == 100
+    answer = RNG.integers(0, 256, (contract.height, contract.width), np.uint8)
+    alphas = [full_size_alpha(answer, dark, contract, parity=parity) for parity in (None, "rembg")]
+    assert alphas[0].tobytes() == alphas[1].tobytes()
 
 
 def test_alpha_is_float_in_0_to_1_at_the_pictures_size() -> None:

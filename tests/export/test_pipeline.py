@@ -104,6 +104,18 @@ def test_from_a_checkpoint_to_the_repository(
     assert np.abs(alpha.astype(int) - reference_alpha(maps, wrap)).max() <= 1
 
 
+def test_rembgs_numerics_stand_in_contract_manifest_and_card(tiny_config: ExportConfig) -> None:
+    result = export_model(dataclasses.replace(tiny_config, numerics="rembg"))
+    parsed = text_format.Parse((result.alias_path / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    contract = ModelContract.from_config(parsed)
+    assert (contract.numerics, contract.resample, contract.alpha_resample) == ("rembg", "lanczos", "lanczos")
+    manifest = json.loads((result.engine_path / "1" / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["input"]["numerics"], manifest["input"]["min_max"]) == ("rembg", True)
+    card = (result.engine_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "division by its largest sample, as rembg does," in card
+    assert "(lanczos)" in card
+
+
 def test_a_failed_gate_publishes_nothing(tiny_config: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     build = pipeline.build_serving
     monkeypatch.setattr(

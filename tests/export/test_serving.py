@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from matteserve_client._contract import Numerics
 from matteserve_export import OnnxError
 from matteserve_export._session import make_runner, run_model
 from matteserve_export.compare import normalise, reference_alpha
@@ -49,7 +50,17 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, list[int | str]]:
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 18])
-@pytest.mark.parametrize(("sigmoid", "min_max"), [(False, True), (True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("sigmoid", "min_max", "numerics"),
+    [
+        (False, True, "reference"),
+        (True, False, "reference"),
+        (True, True, "reference"),
+        (False, False, "reference"),
+        (False, True, "rembg"),
+        (True, True, "rembg"),
+    ],
+)
 def test_the_wrap_equals_numpy(
     public_onnx: PublicOnnx,
     scenes: NDArray[np.uint8],
@@ -57,14 +68,33 @@ def test_the_wrap_equals_numpy(
     opset: int,
     sigmoid: bool,
     min_max: bool,
+    numerics: Numerics,
 ) -> None:
-    config = dataclasses.replace(imagenet, sigmoid=sigmoid, min_max=min_max)
+    config = dataclasses.replace(imagenet, sigmoid=sigmoid, min_max=min_max, numerics=numerics)
+    # Rows of different maxima, a black one among them: every row is divided by its own.
+    scenes = np.stack([scenes[0] // 3, scenes[1] // 2, 0 * scenes[0]]) if numerics == "rembg" else scenes
     original = load_core(public_onnx(opset=opset))
     serving = build_serving(prepare_core(original), config)
     reference = make_runner(original)
     expected = np.concatenate([reference_alpha(reference(normalise(row[None], config)), config) for row in scenes])
     assert np.ptp(expected) > 30  # a flat expectation would prove nothing
     assert _levels(make_runner(serving)(scenes), expected) <= 1
+
+
+def test_rembgs_numerics_are_division_by_the_largest_sample_and_truncation(
+    op_model: OpModel, imagenet: ServingConfig
+) -> None:
+    picture = np.full((1, SIZE, SIZE, 3), 100, np.uint8)
+    picture[0, 0] = 50
+    config = ServingConfig((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), numerics="rembg")
+    assert normalise(picture, config).max() == 1.0
+    assert normalise(picture, config).min() == 0.5
+    assert normalise(0 * picture, config).max() == 0.0
+    almost = np.full((1, 1, SIZE, SIZE), 0.999, np.float32)
+    assert reference_alpha(almost, config).max() == 254
+    assert reference_alpha(almost, dataclasses.replace(config, numerics="reference")).max() == 255
+    run = make_runner(build_serving(_constant_core(op_model, 0.999), config))
+    assert run(picture).max() == 254
 
 
 def test_form_of_the_serving_graph(public_onnx: PublicOnnx, imagenet: ServingConfig) -> None:

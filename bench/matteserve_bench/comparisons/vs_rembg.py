@@ -16,13 +16,22 @@ from PIL import Image
 
 from matteserve_bench.comparisons.models import PreparedModel, prepare_model
 from matteserve_bench.comparisons.pictures import PictureFile, make_pictures, some
-from matteserve_bench.comparisons.processes import MemoryWatch, Worker, cpu_seconds, rembg_environment, rembg_server
+from matteserve_bench.comparisons.processes import (
+    ComparisonError,
+    MemoryWatch,
+    Worker,
+    cpu_seconds,
+    rembg_environment,
+    rembg_server,
+)
 from matteserve_client import alpha_difference
 from matteserve_server import EmbeddedServer, ServerOptions
 
 REMBG, REMBG_HTTP = "rembg remove()", "rembg s"
 # rembg's files are black where nothing is seen; ours keep the picture's colours there unless told otherwise.
 OURS, OURS_CLEARED = "matteserve", "matteserve, clear_transparent"
+# For many requests at once: as many instances as cores, one thread each, and no batches.
+OURS_PER_CORE = "matteserve, an instance a core, clear_transparent"
 BARE, TENSORS = "bare session", "matteserve, tensors"
 
 
@@ -157,19 +166,26 @@ def _start(stack: ExitStack, model: PreparedModel, cache: Path, rembg_python: st
         port, pid = stack.enter_context(rembg_server(rembg_python, environment))
         worker = stack.enter_context(Worker("rembg-http", {**names, "port": port}))
         sides.append(_Side(REMBG_HTTP, worker, [pid, worker.pid]))
-    # Without probes of idle models: they would take CPU time from the others' turns, and in ours there are none.
-    options = ServerOptions(model.repository, (model.name,), grpc_port=0, metrics_port=None, probe_interval_s=0)
-    server = stack.enter_context(EmbeddedServer(options))
+    per_core = stack.enter_context(_server(model.name, model.per_core_repository))
+    options = {"model": model.name, "address": per_core.address, "clear_transparent": True}
+    worker = stack.enter_context(Worker("matteserve", options))
+    sides.append(_Side(OURS_PER_CORE, worker, [per_core.process.pid, worker.pid]))
+    server = stack.enter_context(_server(model.name, model.repository))
     target = {"model": model.name, "address": server.address}
-    worker = stack.enter_context(Worker("matteserve", target))
-    sides.append(_Side(OURS, worker, [server.process.pid, worker.pid]))
     worker = stack.enter_context(Worker("matteserve", {**target, "clear_transparent": True}))
     sides.append(_Side(OURS_CLEARED, worker, [server.process.pid, worker.pid]))
+    worker = stack.enter_context(Worker("matteserve", target))
+    sides.append(_Side(OURS, worker, [server.process.pid, worker.pid]))
     worker = stack.enter_context(Worker("bare", {"path": str(model.serving_onnx)}))
     sides.append(_Side(BARE, worker, [worker.pid]))
     worker = stack.enter_context(Worker("tensors", target))
     sides.append(_Side(TENSORS, worker, [server.process.pid, worker.pid]))
     return sides
+
+
+def _server(model: str, repository: Path) -> EmbeddedServer:
+    # Without probes of idle models: they would take CPU time from the others' turns, and in ours there are none.
+    return EmbeddedServer(ServerOptions(repository, (model,), grpc_port=0, metrics_port=None, probe_interval_s=0))
 
 
 def _throughput(
@@ -195,51 +211,30 @@ def _throughput(
 def _masks(
     stack: ExitStack, sides: Sequence[_Side], model: PreparedModel, pictures: Sequence[PictureFile], plan: Plan
 ) -> dict[str, Any]:
-    """Differences of the alphas of the cut-outs, ours in both modes against rembg's.
-
-    rembg divides a picture by its brightest sample instead of 255. On a uint8 wire that is one more rounding, so parity
-    mode is compared a second time on pictures with a white corner, in which there is nothing to divide.
-    """
+    """Differences of the alphas of the cut-outs against rembg's: ours by default, and with rembg's numerics."""
     chosen = [picture for picture in pictures if picture.megapixels < 3][: plan.masks]
-    ours = next(side for side in sides if side.name == OURS)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    with_white = [_with_white(picture, folder) for picture in chosen]
+    ours = next(side for side in sides if side.name == OURS)
     theirs = _alphas(sides[0].worker, chosen, folder / "rembg")
-    theirs_with_white = _alphas(sides[0].worker, with_white, folder / "rembg-white")
     differences = {"default": _difference(_alphas(ours.worker, chosen, folder / "default"), theirs)}
-    with EmbeddedServer(
-        ServerOptions(model.repository, (model.name,), grpc_port=0, metrics_port=None, probe_interval_s=0)
-    ) as server:
-        target = {"model": model.name, "address": server.address, "parity": "rembg"}
-        with Worker("matteserve", target) as worker:
-            parity = _alphas(worker, chosen, folder / "parity")
-            white = _alphas(worker, with_white, folder / "parity-white")
-    if parity is not None and white is not None:
-        differences["parity"] = _difference(parity, theirs)
-        differences["parity, white corner"] = _difference(white, theirs_with_white)
-    return differences
+    with (
+        _server(model.name, model.rembg_repository) as server,
+        Worker("matteserve", {"model": model.name, "address": server.address}) as worker,
+    ):
+        same = _alphas(worker, chosen, folder / "same")
+    return {**differences, "rembg's numerics": _difference(same, theirs)}
 
 
-def _with_white(picture: PictureFile, folder: Path) -> PictureFile:
-    image = Image.open(picture.path).convert("RGB")
-    image.paste((255, 255, 255), (0, 0, image.width // 8, image.height // 8))
-    path = folder / f"{picture.path.stem}-white.png"
-    image.save(path)
-    return PictureFile(path, picture.height, picture.width)
-
-
-def _alphas(worker: Worker, pictures: Sequence[PictureFile], folder: Path) -> list[Any] | None:
+def _alphas(worker: Worker, pictures: Sequence[PictureFile], folder: Path) -> list[Any]:
     folder.mkdir()
     answer = worker.run([picture.path for picture in pictures], 1, keep=folder)
-    if any(record[3] for record in answer["records"]):
-        return None  # parity mode is not defined for every model
+    if errors := [record[3] for record in answer["records"] if record[3]]:
+        raise ComparisonError(f"{worker.side}: {errors[0]}")
     paths = [folder / f"{picture.path.stem}.png" for picture in pictures]
     return [np.asarray(Image.open(io.BytesIO(path.read_bytes())).getchannel("A")) for path in paths]
 
 
-def _difference(ours: list[Any] | None, theirs: list[Any] | None) -> dict[str, float]:
-    assert ours is not None
-    assert theirs is not None
+def _difference(ours: list[Any], theirs: list[Any]) -> dict[str, float]:
     each = [alpha_difference(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)]
     return {
         "max": max(255 * one.max_abs for one in each),
@@ -299,12 +294,17 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append("")
         for mode, found in result["masks"].items():
             lines.append(
-                f"Masks of {found['pictures']} pictures, {mode} mode against rembg's, in steps of 1/255: at most "
+                f"Masks of {found['pictures']} pictures, {mode}, against rembg's, in steps of 1/255: at most "
                 f"{found['max']:.0f}, 99.9 % within {found['p999']:.0f}, mean {found['mean']:.2f}; IoU at least "
                 f"{found['iou']:.4f}."
             )
         serving = result["serving"]
+        floor = {concurrency: serving["bare_per_s"] / row["images_per_s"] for concurrency, row in base.items()}
         lines += [
+            "",
+            "A bare session, with nothing read, decoded or encoded, would be "
+            + ", ".join(f"{ratio:.2f} times remove() at {concurrency}" for concurrency, ratio in floor.items())
+            + " at once.",
             "",
             f"Serving tax: a bare session {serving['bare_per_s']:.2f}/s ({serving['session_ms']:.0f} ms), through the "
             f"server {serving['served_per_s']:.2f}/s: {100 * serving['tax']:+.1f} % of time.",

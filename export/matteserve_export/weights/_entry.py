@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from matteserve_client._contract import ResampleFilter
+from matteserve_client._contract import Numerics, ResampleFilter
 from matteserve_export._errors import ExportError
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchOrder", "Source", "SourceKind", "Triple", "Weights"]
@@ -119,6 +119,19 @@ class Weights:
     def downloadable(self) -> Source | None:
         """The file that `matteserve pull` takes: the first one with an address."""
         return next((source for source in self.sources if source.address is not None), None)
+
+    def with_numerics(self, numerics: Numerics) -> Weights:
+        """The entry with somebody's pre- and post-processing in place of its authors'.
+
+        rembg treats all models alike: Lanczos both ways, each map stretched by its minimum and maximum; what it does
+        inside the graph is in `ServingConfig`. Mean and standard deviation are the same.
+
+        Args:
+            numerics: "reference" changes nothing.
+        """
+        if numerics == "reference":
+            return self
+        return replace(self, resample="lanczos", alpha_resample="lanczos", min_max=True)
 
     def require_acceptance(self, accepted: bool) -> None:
         """Refuse weights that forbid commercial use unless that was accepted.
