@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -106,6 +107,36 @@ def test_on_a_cpu_rows_of_a_batch_are_run_one_by_one_unless_told_otherwise(
     change_config(repository, set_parameter)
     with EmbeddedServer(options(repository)) as server:
         np.testing.assert_array_equal(infer(server, random_images(3)), np.full((3, SIZE, SIZE), rows_per_run))
+
+
+def test_requests_that_are_cancelled_inside_a_batch_are_not_computed(tmp_path: Path) -> None:
+    repository = write_repository(tmp_path, delay=2500, max_queue_size=0)
+    with (
+        EmbeddedServer(options(repository, probe_interval_s=0)) as server,
+        triton.InferenceServerClient(server.address) as client,
+    ):
+        tensor = triton.InferInput("image", (1, SIZE, SIZE, 3), "UINT8")
+        tensor.set_data_from_numpy(random_images(1))
+        answered: list[bool] = []
+
+        def send() -> Any:
+            return client.async_infer(ENGINE, [tensor], lambda result, error: answered.append(error is None))
+
+        send()
+        time.sleep(0.05)
+        calls = [send() for _ in range(8)]  # one batch, which starts when the first answer is out
+        wait_for(lambda: answered == [True])
+        for call in calls[1:]:
+            call.cancel()
+
+        def seconds_of_batch(size: int) -> list[float]:
+            batches = client.get_inference_statistics(ENGINE).model_stats[0].batch_stats
+            return [batch.compute_infer.ns / batch.compute_infer.count for batch in batches if batch.batch_size == size]
+
+        wait_for(lambda: seconds_of_batch(8) != [])
+        assert sorted(answered) == [False] * 7 + [True] * 2
+        # Triton counts all eight, so their time is asked: that of the first, and of what began before the cancelling.
+        assert seconds_of_batch(8)[0] < 4 * seconds_of_batch(1)[0]
 
 
 def test_concurrent_requests_of_different_batch_sizes_are_split_right(server: EmbeddedServer) -> None:
