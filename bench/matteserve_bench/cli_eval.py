@@ -140,15 +140,13 @@ def _describe(client: Client, address: str, models: Sequence[str]) -> dict[str, 
 
 @contextmanager
 def _csv_file(folder: Path, *, hce: bool) -> Iterator[Any]:
-    """Opens per_image.csv; gives a function that writes a row at once, so that what ends the run early loses nothing."""
+    """Open per_image.csv; gives a function that writes a row at once, so that whatever ends the run loses nothing."""
     columns = [m.key for m in MEASURES if hce or not m.optional]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / "per_image.csv").open("w", newline="", encoding="utf-8")
     except OSError as exc:
-        raise EvaluationError(
-            f"{folder}: cannot be written: {exc.strerror or exc}; name another folder with -o"
-        ) from exc
+        raise EvaluationError(f"{folder}: cannot be written: {exc.strerror}; name another folder with -o") from exc
     with stream:
         table = csv.writer(stream)
         table.writerow(["image", "mask", "model", "height", "width", *columns, "error"])

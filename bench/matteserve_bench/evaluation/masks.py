@@ -57,9 +57,7 @@ def load_trimap(path: Path) -> NDArray[np.bool_]:
     levels = load_mask(path)
     unknown: NDArray[np.bool_] = (levels > 0) & (levels < 1)
     if not unknown.any():
-        raise EvaluationError(
-            f"{path}: the trimap has only black and white; what is in question must be grey, e.g. 128"
-        )
+        raise EvaluationError(f"{path}: the trimap is black and white only; what is in question must be grey, e.g. 128")
     return unknown
 
 
@@ -85,11 +83,16 @@ def _unit(image: Image.Image, path: Path | None = None) -> NDArray[np.float32]:
     if image.mode == "L":
         if path is not None and top == 1:
             raise EvaluationError(f"{path}: holds only the levels 0 and 1 of 255; multiply it by 255")
-        return np.divide(levels, np.float32(255), dtype=np.float32)
+        return _divide(levels, 255)
     if image.mode == "F":
         if not (float(levels.min()) >= 0 and top <= 1):
             raise EvaluationError(f"{path}: float samples must lie in [0, 1], found {levels.min():g} to {top:g}")
         return levels.astype(np.float32)
     if not (levels.min() >= 0 and top <= _16_BIT):
         raise EvaluationError(f"{path}: samples must have 1, 8 or 16 bits, found values from {levels.min()} to {top:g}")
-    return np.divide(levels, np.float32(_16_BIT), dtype=np.float32)
+    return _divide(levels, _16_BIT)
+
+
+def _divide(levels: NDArray[Any], top: int) -> NDArray[np.float32]:
+    unit: NDArray[np.float32] = np.divide(levels, np.float32(top), dtype=np.float32)
+    return unit

@@ -49,7 +49,8 @@ def _counted(values: Alpha, where: NDArray[np.bool_] | None) -> Alpha:
 
 def _gradient_difference(alpha: Alpha, true: Alpha) -> Alpha:
     """Squared difference of the gradients' magnitudes, by first derivatives of a Gaussian."""
-    return np.square(_gradient_magnitude(alpha) - _gradient_magnitude(true))
+    difference: Alpha = np.square(_gradient_magnitude(alpha) - _gradient_magnitude(true))
+    return difference
 
 
 def _gradient_magnitude(alpha: Alpha) -> Alpha:
@@ -82,7 +83,8 @@ def _connectivity_difference(alpha: Alpha, true: Alpha) -> Alpha:
         distance = matte - connected
         return 1 - np.where(distance >= _THETA, distance, np.float32(0))
 
-    return np.abs(degree(alpha) - degree(true))
+    difference: Alpha = np.abs(degree(alpha) - degree(true))
+    return difference
 
 
 def _largest_region(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

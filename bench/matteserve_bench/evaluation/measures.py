@@ -47,7 +47,7 @@ class Measure:
 
 MEASURES = (
     Measure("mae", "MAE", False),
-    Measure("s_measure", "S_α", True),
+    Measure("s_measure", "S_α", True),  # noqa: RUF001
     Measure("e_max", "E_φ^max", True, curve="e"),
     Measure("e_mean", "E_φ^mean", True),
     Measure("weighted_f", "F_β^w", True),
@@ -134,13 +134,14 @@ def score(
 
 
 def _boundary(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of the mask that are near its outline, as Boundary IoU has them (Cheng et al., CVPR 2021, arXiv 2103.16562).
+    """Pixels of the mask that are near its outline, as in Boundary IoU (Cheng et al., CVPR 2021, arXiv 2103.16562).
 
     Near is 2 % of the diagonal, in rows and columns; the picture's border is an outline too.
     """
     reach = max(1, round(_BOUNDARY * math.hypot(*mask.shape)))
     inner = ndimage.minimum_filter(mask.view(np.uint8), size=2 * reach + 1, mode="constant", cval=0)
-    return mask & (inner == 0)
+    boundary: NDArray[np.bool_] = mask & (inner == 0)
+    return boundary
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -111,7 +111,7 @@ def write_contact_sheet(path: Path, worst: Worst, captions: Sequence[Measure]) -
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     top = _MARGIN
     for model, kept in sections.items():
-        draw.text((_MARGIN, top), f"{model}: the {len(kept)} worst by {worst.measure.symbol}", _INK, font)
+        draw.text((_MARGIN, top), f"{model}: the {len(kept)} worst by {worst.measure.key}", _INK, font)
         for number, head in enumerate(_HEADS):
             draw.text((_MARGIN + number * column, top + _TEXT), head, _INK, font)
         top += 2 * _TEXT
@@ -120,7 +120,7 @@ def write_contact_sheet(path: Path, worst: Worst, captions: Sequence[Measure]) -
                 left = _MARGIN + number * column
                 sheet.paste(tile, (left, top))
                 draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=_GREY)
-            figures = ", ".join(f"{m.symbol} {row.figures[m.key]:.{m.digits}f}" for m in captions)
+            figures = ", ".join(f"{m.key} {row.figures[m.key]:.{m.digits}f}" for m in captions)
             draw.text((_MARGIN, top + TILE + 2), f"{row.pair.name}: {figures}", _INK, font)
             top += line
     try:
