@@ -43,7 +43,7 @@ _SCHEMA = 1
 @click.option("--hce", is_flag=True, help="Human correction effort too; it takes longer than all the others.")
 @click.option("--worst", "worst_count", type=click.IntRange(0), default=8, show_default=True, help="Rows of the sheet.")
 @click.option(
-    "--worst-by", type=click.Choice([m.key for m in MEASURES if not m.optional]), default="mae", show_default=True,
+    "--worst-by", type=click.Choice([m.key for m in MEASURES if not m.optional]), default="mad", show_default=True,
     metavar="MEASURE", help="Which pictures are the worst.",
 )  # fmt: skip
 @click.option("--allow-missing", is_flag=True, help="Leave out pictures without a mask, and masks without a picture.")
@@ -86,10 +86,11 @@ def evaluate_command(
     if len(set(models)) < len(models):
         raise click.UsageError("--model names a model twice; an alias and the engine behind it may stand side by side")
     pairing = find_pairs(images, masks, trimaps)
-    for line in pairing.incomplete:
+    if pairing.incomplete:
+        found = "; ".join(pairing.incomplete)
         if not allow_missing:
-            raise EvaluationError(f"{line}; add it, or leave out what has no partner with --allow-missing")
-        click.echo(f"left out: {line}", err=True)
+            raise EvaluationError(f"{found}; add them, or leave out what has no partner with --allow-missing")
+        click.echo(f"left out: {found}", err=True)
     try:
         client = Client(address, timeout_s=timeout_s)
     except ValueError as exc:
@@ -98,12 +99,11 @@ def evaluate_command(
     with client:
         headers = _describe(client, address, models)
         folder = output or Path("out") / "eval" / f"{models[0].replace('/', '_')}-{time.strftime('%Y%m%d-%H%M%S')}"
-        with stop_on_signals() as stop, _csv_file(folder, hce=hce) as writer, _progress(pairing, models) as bar:
+        with stop_on_signals() as stop, _csv_file(folder, hce=hce) as write, _progress(pairing, models) as bar:
             rows = []
-            for row in evaluate(
-                client, pairing.pairs, models, in_flight=in_flight, workers=workers, hce=hce, stop=stop
-            ):
-                writer(row)
+            limits = {"in_flight": in_flight, "workers": workers}
+            for row in evaluate(client, pairing.pairs, models, **limits, hce=hce, stop=stop):
+                write(row)
                 worst.offer(row)
                 rows.append(replace(row, tiles=None))
                 bar.update(1)
@@ -121,9 +121,8 @@ def evaluate_command(
         write_contact_sheet(folder / "worst.png", worst, [m for m in MEASURES if m.key in _CAPTIONS])
     _show(summary, report, folder, as_json=as_json)
     if interrupted:
-        click.echo(
-            f"interrupted after {summary.pictures + summary.left_out} of {len(pairing.pairs)} pictures", err=True
-        )
+        done = summary.pictures + summary.left_out
+        click.echo(f"interrupted after {done} of {len(pairing.pairs)} pictures", err=True)
         raise SystemExit(INTERRUPTED)
     if summary.errors and not allow_failures:
         raise SystemExit(1)
@@ -171,6 +170,8 @@ def _show(summary: Summary, report: dict[str, Any], folder: Path, *, as_json: bo
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         click.echo(format_summary(summary))
-        for header in report["environment"].values():
-            click.echo(f"Environment: {format_environment(header)}")
+        first, *others = report["environment"].values()
+        click.echo(f"Environment: {format_environment(first)}")
+        for model in (header["model"] for header in others):  # what they share is said
+            click.echo(f"{model['name']}: {model['engine_name']}, {model['architecture']} {model['precision']}")
     click.echo(f"wrote {folder}", err=True)

@@ -58,7 +58,6 @@ def evaluate(
     models: Sequence[str],
     *,
     in_flight: int = 8,
-    timeout_s: float | None = None,
     workers: int = DEFAULT_WORKERS,
     hce: bool = False,
     stop: threading.Event | None = None,
@@ -73,7 +72,6 @@ def evaluate(
         pairs: Pictures and masks.
         models: Aliases or engines.
         in_flight: Most requests on their way at once, over all models.
-        timeout_s: Limit of each request; None uses the client's.
         workers: Processes that compute measures.
         hce: See `score`.
         stop: When set, no further picture is begun.
@@ -95,7 +93,6 @@ def evaluate(
                 (str(pair.image) for pair in pairs),
                 in_flight=max(1, in_flight // len(models)),
                 model=model,
-                timeout_s=timeout_s,
                 output=_levels,
             )
             # A generator: closing it gives up what is on its way.

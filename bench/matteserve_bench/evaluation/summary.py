@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,31 +151,18 @@ def bootstrap_difference(
 
 
 def format_summary(summary: Summary) -> str:
-    """For people: a table of measures by models, with the differences from the first."""
+    """For people: measures by model, then how each further model differs from the first."""
     first, *others = summary.models
-    compared = {(d.model, d.measure): d for d in summary.differences}
-    head = ["", *summary.models]
-    for model in others:
-        head += ["difference" if len(others) == 1 else f"{model} - {first}", "95 % interval", ""]
-    table = [head]
+    table = [["", *summary.models]]
     for m in summary.measures:
-        line = [f"{m.symbol} {'↑' if m.higher_is_better else '↓'}"]
-        line += [f"{summary.figures[model][m.key]:.{m.digits}f}" for model in summary.models]
-        for model in others:
-            d = compared[model, m.key]
-            line += [f"{d.difference:+.{m.digits}f}", f"{d.low:+.{m.digits}f} to {d.high:+.{m.digits}f}", d.verdict]
-        table.append(line)
-    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-    # Words to the left, figures to the right.
-    left = {0} | {i for i, title in enumerate(head) if not title}
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
-    lines.append(f"{summary.pictures} pictures")
+        figures = [f"{summary.figures[model][m.key]:.{m.digits}f}" for model in summary.models]
+        table.append([f"{m.symbol} {'↑' if m.higher_is_better else '↓'}", *figures])
+    lines = [*_aligned(table), f"{summary.pictures} pictures"]
+    for model in others:
+        table = [["", "difference", "95 % interval", ""]]
+        for m, d in zip(summary.measures, (d for d in summary.differences if d.model == model), strict=True):
+            table.append([m.symbol, f"{d.difference:+.2g}", f"{d.low:+.2g} to {d.high:+.2g}", d.verdict])
+        lines += ["", f"{model} against {first}", *_aligned(table)]
     if summary.left_out:
         lines.append(f"Note: {summary.left_out} pictures failed for a model and are left out for all.")
     if summary.empty_masks:
@@ -185,6 +172,14 @@ def format_summary(summary: Summary) -> str:
     if others and summary.pictures < FEWEST_PICTURES:
         lines.append(f"Note: {summary.pictures} pictures are few, {FEWEST_PICTURES} make an interval believable.")
     return "\n".join(lines)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns without a head to the left, those with one to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = zip(table[0], line, widths, strict=True)
+        yield "  ".join(cell.rjust(width) if head else cell.ljust(width) for head, cell, width in cells).rstrip()
 
 
 def _values(rows: Sequence[Row], measure: Measure) -> NDArray[np.float64]:
