@@ -52,5 +52,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing matteserve with everything that the tests need into $(VENV); torch makes this take a minute or two"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e ".[server,fast,export,rtx,bench,dev,parity]"
+	@# The extra [eval], but with our numpy: pysodmetrics 1.6 wants one below 2.3.5, and what is used of it needs none.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"opencv-python-headless<5" scikit-image "scikit-learn<2" scipy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps "pysodmetrics<2"
 	$(BIN)/matteserve install-triton
 	@touch $@ $(VENV)/.server

@@ -6,6 +6,7 @@
     └── BenchError
         ├── RecordsError          a file of records is missing, damaged or empty
         ├── TargetError           the server does not take the load in the way that was asked for
+        ├── EvaluationError       pictures and masks do not fit together, or one of them cannot be read
         └── ToolError             LoadGen or perf_analyzer is missing, or failed
 """
 
@@ -22,6 +23,10 @@ class RecordsError(BenchError):
 
 class TargetError(BenchError):
     """The server does not take the load in the way that was asked for."""
+
+
+class EvaluationError(BenchError):
+    """Pictures and masks do not fit together, or one of them cannot be read."""
 
 
 class ToolError(BenchError):

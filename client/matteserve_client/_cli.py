@@ -60,6 +60,12 @@ _ENTRIES = {
         ("onnx", "onnxruntime", "onnxslim"),
     ),
     "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server.", "bench", ("psutil",)),
+    "eval": _Entry(
+        "matteserve_bench.cli_eval:evaluate_command",
+        "Score a server's alphas against masks.",
+        "eval",
+        ("psutil", "py_sod_metrics"),
+    ),
 }
 
 
