@@ -6,7 +6,8 @@
     └── BenchError
         ├── RecordsError          a file of records is missing, damaged or empty
         ├── TargetError           the server does not take the load in the way that was asked for
-        └── ToolError             LoadGen or perf_analyzer is missing, or failed
+        ├── ToolError             LoadGen or perf_analyzer is missing, or failed
+        └── TuningError           an engine cannot be tuned, or not put back
 """
 
 from matteserve_client import MatteserveError
@@ -26,3 +27,7 @@ class TargetError(BenchError):
 
 class ToolError(BenchError):
     """A program or library of others is missing, or failed."""
+
+
+class TuningError(BenchError):
+    """An engine cannot be tuned, or not put back as it was."""
