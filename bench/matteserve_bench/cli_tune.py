@@ -132,6 +132,8 @@ def tune(
         )
         session = stack.enter_context(Session(setup, stop=stop))
         path = config_path(session, model_repository)
+        if path is not None:
+            read_config(path)  # now, not when all is measured
         if write:
             _check_writable(path, session)
         header = session.header()
@@ -174,8 +176,8 @@ def _search(
     # Fewer answers in a window than the bench's rules ask for say little.
     least_s = WINDOWS * 1.25 * FEWEST_ANSWERS / first.images_per_s
     if least_s > load.duration_s:
-        load = replace(load, duration_s=float(math.ceil(least_s)))
-        click.echo(f"  {first.images_per_s:.2f} images/s: measurements of {load.duration_s:.0f} s", err=True)
+        load = replace(load, duration_s=math.ceil(10 * least_s) / 10)
+        click.echo(f"  {first.images_per_s:.2f} images/s: measurements of {load.duration_s:g} s", err=True)
     space = engine.space(most_waiting=load.concurrency or 0)
     trials, count = plan(engine.present, space, max_trials=max_trials, turns=turns)
     minutes = count * (load.warmup_s + load.duration_s + _RELOAD_S) / 60

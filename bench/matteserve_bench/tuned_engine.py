@@ -2,7 +2,8 @@
 
 What is tuned is the engine behind an alias: batcher, instances and threads are the engine's, the alias has none. The
 load goes through the name that was given: for an alias, as clients send it. A setting is given by loading the engine
-with another configuration over Triton's repository API; requests meanwhile are answered by the old one, no file changes.
+with another configuration over Triton's repository API; requests meanwhile are answered by the old one, and no file
+changes.
 
 Putting back means loading the configuration that the server had before. A load without one would not do: Triton
 compares files, finds none changed, and goes on with what it was given last (seen with 2.51).
@@ -311,7 +312,7 @@ def _command_line(session: Session) -> Iterator[tuple[str, str]]:
     if listener is not None:
         with contextlib.suppress(psutil.Error):
             words = listener.cmdline()
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         option, equals, value = word.partition("=")
         yield option, value if equals else following
 

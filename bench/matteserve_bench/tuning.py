@@ -50,7 +50,7 @@ class Setting:
     delay_us: int = 0
 
     def __str__(self) -> str:
-        threads = "" if self.threads is None else f" x {self.threads}"
+        threads = " instances" if self.threads is None else f" x {self.threads} threads"
         batch = max(self.preferred) if self.preferred else self.max_batch_size
         limit = " (preferred)" if self.preferred else ""
         return f"{self.instances}{threads}, batch <= {batch}{limit}, {self.delay_us} us"
@@ -181,12 +181,16 @@ class Space:
 
 
 def plan(present: Setting, space: Space, *, max_trials: int, turns: int) -> tuple[int, int]:
-    """(settings, measurements) that a search takes at most, as seen from the present setting."""
-    sizes = [len(_candidates(candidates(present), {present})) for _, candidates in space.axes()]
-    # A move to another number of instances or another batch can make candidates of the present values.
-    trials = min(max_trials, sum(sizes))
-    used = sum(1 for size in sizes if size)
-    return trials, SCREENING_TURNS * (trials + used) + (2 * turns if trials else 0)
+    """(settings, measurements) that a search takes at most, as seen from the present setting.
+
+    A move on one axis can make the present value of a later one a candidate more, or leave candidates without a sense.
+    """
+    trials = measurements = 0
+    for _, around in space.axes():
+        found = min(len(_candidates(around(present), {present})), max_trials - trials)
+        trials += found
+        measurements += SCREENING_TURNS * (1 + found) if found else 0
+    return trials, measurements + (2 * turns if trials else 0)
 
 
 def search(
@@ -253,7 +257,7 @@ def search(
 
 
 def mean_figures(turns: Sequence[Figures]) -> Figures:
-    """Geometric means over turns, as ratios are made of them; of memory the largest."""
+    """Geometric means over turns, as ratios are made of them."""
     batches = [turn.mean_batch for turn in turns if turn.mean_batch]
     memory = [turn.server_mib for turn in turns if turn.server_mib]
     return Figures(
@@ -261,7 +265,7 @@ def mean_figures(turns: Sequence[Figures]) -> Figures:
         _mean([turn.p50_ms for turn in turns]),
         _mean([turn.p99_ms for turn in turns]),
         _mean(batches) if batches else None,
-        max(memory, default=None),
+        _mean(memory) if memory else None,
         next((turn.invalid for turn in turns if turn.invalid), ""),
     )
 
