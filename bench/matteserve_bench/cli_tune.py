@@ -95,7 +95,7 @@ def tune(
     records_path: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Find the batcher's delay, batch sizes, instances and threads that serve MODEL best, and propose them.
+    """Find the batcher's delay, batch sizes, instances and threads that serve MODEL best, and propose them.
 
     Tries settings on a real server under load, on one that it starts or on a running one (--address). The best has the
     highest throughput whose p99 is within --slo-ms; it is proposed if its gain over the present setting is outside the

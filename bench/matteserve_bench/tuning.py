@@ -232,8 +232,10 @@ def search(
             seen |= set(candidates)
             stage, best = _screen(name, best, candidates, measure, slo_ms)
             stages.append(stage)
-        if best == present:
-            reason = _why_kept(stages, slo_ms)
+        reason = _out_of_reach(stages, slo_ms)
+        if not reason and best == present:
+            reason = "nothing that was tried is better" if stages else "there was nothing to try"
+        if reason:
             return Outcome(present, tuple(stages), None, reason, not_tried=tuple(not_tried))
         failures: dict[Setting, str] = {}
         pairs = _turns([present, best], measure, turns, fatal=present, failures=failures)
@@ -378,15 +380,14 @@ def _confirm(present: Figures, best: Figures, changes: Sequence[Change], slo_ms:
     return False, "the gain that the search saw is within the noise, or too small, when confirmed"
 
 
-def _why_kept(stages: Sequence[Stage], slo_ms: float | None) -> str:
-    if not stages:
-        return "there was nothing to try"
+def _out_of_reach(stages: Sequence[Stage], slo_ms: float | None) -> str:
+    """Says that nothing that was measured keeps the bound, if so."""
     known = [(trial.setting, trial.figures) for stage in stages for trial in stage.trials]
     measured = [(setting, figures) for setting, figures in known if figures is not None]
-    if slo_ms is not None and all(figures.p99_ms > slo_ms for _, figures in measured):
-        setting, figures = min(measured, key=lambda pair: pair[1].p99_ms)
-        return (
-            f"no setting keeps p99 within {slo_ms:g} ms at this load, the nearest is {setting} at "
-            f"{figures.p99_ms:.1f} ms; less load would"
-        )
-    return "nothing that was tried is better"
+    if slo_ms is None or not measured or any(figures.p99_ms <= slo_ms for _, figures in measured):
+        return ""
+    setting, figures = min(measured, key=lambda pair: pair[1].p99_ms)
+    return (
+        f"no setting keeps p99 within {slo_ms:g} ms at this load, the nearest is {setting} at {figures.p99_ms:.1f} ms; "
+        "less load would"
+    )

@@ -143,6 +143,14 @@ def test_a_gain_that_does_not_come_back_is_not_proposed() -> None:
         (figures(10, 100), figures(10.2, 100), None, False, "nothing that was tried is better"),
         (figures(10, 100), figures(10.2, 85), None, True, "p99 -15.0% (-15.0% to -15.0%) at the same throughput"),
         (figures(10, 100, 300), figures(10, 95, 200), None, True, "200 MiB instead of 300 MiB at the same speed"),
+        (
+            figures(10, 400),
+            figures(20, 300),
+            200,
+            False,
+            "no setting keeps p99 within 200 ms at this load, the nearest is 2 instances, batch <= 1, 0 us at 300.0 "
+            "ms; less load would",
+        ),
         (figures(10, 100, None), figures(10, 95, None), None, False, "nothing that was tried is better"),
         (
             figures(10, 250),
@@ -153,7 +161,18 @@ def test_a_gain_that_does_not_come_back_is_not_proposed() -> None:
             "ms; less load would",
         ),
     ],
-    ids=["fastest", "bound", "into the bound", "no bound", "tie", "latency", "memory", "nothing known", "no way"],
+    ids=[
+        "fastest",
+        "bound",
+        "into the bound",
+        "no bound",
+        "tie",
+        "latency",
+        "memory",
+        "nearer",
+        "nothing known",
+        "no way",
+    ],
 )
 def test_what_is_better(one: Figures, other: Figures, slo_ms: float | None, proposed: bool, reason: str) -> None:
     outcome = search(PLAIN, ONE_AXIS, two(one, other), slo_ms=slo_ms)
