@@ -12,6 +12,7 @@ compares files, finds none changed, and goes on with what it was given last (see
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from tritonclient.grpc import model_config_pb2
 
 from matteserve_bench._errors import TargetError, TuningError
 from matteserve_bench.metrics import summarise
+from matteserve_bench.processes import tree_of
 from matteserve_bench.records import Load, RecordWriter
 from matteserve_bench.session import Session
 from matteserve_bench.tuning import Figures, Interrupted, Setting, Space, TrialError
@@ -36,6 +38,7 @@ THREADS_VARIABLE = "MATTESERVE_ORT_THREADS"
 _KIND = model_config_pb2.ModelInstanceGroup
 _LEAST_SUCCESS = 0.99
 _GPU_INSTANCES = (1, 2, 3)
+_OLD_INSTANCES_S = 10.0
 
 
 class TunedEngine:
@@ -177,12 +180,26 @@ class TunedEngine:
             return
         self._check_memory(setting)
         before, self._loaded = self._loaded, None
+        processes = self._processes()
         try:
             self._control.load(self.name, self._timeout_s, changed(self.config, self.present, setting))
         except ModelLoadError as exc:
             self._loaded = before  # a failed load leaves the old one serving
             raise TrialError(str(exc)) from exc
         self._loaded = setting
+        if before is not None:
+            self._wait_until_gone(processes + setting.instances - before.instances)
+
+    def _processes(self) -> int:
+        listener = self.session.observer.listener
+        return 0 if listener is None else len(tree_of(listener))
+
+    def _wait_until_gone(self, expected: int) -> None:
+        """Old instances end after the new ones serve; their memory and CPU time are not this setting's."""
+        deadline = time.monotonic() + _OLD_INSTANCES_S
+        while self._processes() > expected and time.monotonic() < deadline:
+            if self.session.stop.wait(0.05):
+                return
 
     def _check_control(self) -> None:
         """Load the engine as it is: whether the server allows it must be known before anything is measured."""

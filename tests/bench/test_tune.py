@@ -180,7 +180,9 @@ def test_the_engine_is_put_back(server: EmbeddedServer, failure: type[BaseExcept
     ):
         load = session.setup.load(mode="closed", concurrency=2, duration_s=0.2, warmup_s=0.0, max_windows=3)
         other = engine.present.__class__(2, 1, 16, (), 0)
+        processes = engine._processes()
         engine.measure(other, load)
+        assert engine._processes() == processes + 1  # the old instance's is gone
         found = server.control.config(ENGINE)
         assert (found.max_batch_size, found.instance_group[0].count) == (16, 2)
         assert found.dynamic_batching.max_queue_delay_microseconds == 0
