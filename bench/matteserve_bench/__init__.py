@@ -1,6 +1,6 @@
 """Load tests of a running server: records first, reports from records."""
 
-from matteserve_bench._errors import BenchError, EvaluationError, RecordsError, TargetError, ToolError
+from matteserve_bench._errors import BenchError, EvaluationError, RecordsError, TargetError, ToolError, TuningError
 from matteserve_bench.metrics import Summary, summarise
 from matteserve_bench.records import Load, Record, RecordWriter, Run, ServerStatistics, Window, read_records
 from matteserve_bench.session import Session, Setup
@@ -20,6 +20,7 @@ __all__ = [
     "Summary",
     "TargetError",
     "ToolError",
+    "TuningError",
     "Verdict",
     "Window",
     "read_records",

@@ -7,7 +7,8 @@
         ├── RecordsError          a file of records is missing, damaged or empty
         ├── TargetError           the server does not take the load in the way that was asked for
         ├── EvaluationError       pictures and masks do not fit together, or one of them cannot be read
-        └── ToolError             LoadGen or perf_analyzer is missing, or failed
+        ├── ToolError             LoadGen or perf_analyzer is missing, or failed
+        └── TuningError           an engine cannot be tuned, or not put back
 """
 
 from matteserve_client import MatteserveError
@@ -31,3 +32,7 @@ class EvaluationError(BenchError):
 
 class ToolError(BenchError):
     """A program or library of others is missing, or failed."""
+
+
+class TuningError(BenchError):
+    """An engine cannot be tuned, or not put back as it was."""

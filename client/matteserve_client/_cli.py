@@ -60,6 +60,7 @@ _ENTRIES = {
         ("onnx", "onnxruntime", "onnxslim"),
     ),
     "bench": _Entry("matteserve_bench.cli:bench", "Measure a running server.", "bench", ("psutil",)),
+    "tune": _Entry("matteserve_bench.cli_tune:tune", "Find an engine's best settings.", "bench", ("psutil",)),
     "eval": _Entry(
         "matteserve_bench.cli_eval:evaluate_command",
         "Score a server's alphas against masks.",

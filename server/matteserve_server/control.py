@@ -90,8 +90,8 @@ class Control:
         Args:
             model: Its name.
             timeout_s: Seconds to wait.
-            config: An `inference.ModelConfig` to use instead of the server's `config.pbtxt`, until the model is loaded
-                without one.
+            config: An `inference.ModelConfig` to use instead of the server's `config.pbtxt`. A later load without one
+                changes nothing until a file of the model does: Triton compares their dates (seen with 2.51).
 
         Raises:
             ModelLoadError: It does not load; the message has Triton's reason.

@@ -310,7 +310,20 @@ def test_no_models(run: Any, grpc_server: Any) -> None:
 def test_help_lists_everything_and_imports_nothing() -> None:
     result = RUNNER.invoke(cli, ["--help"])
     assert result.exit_code == 0
-    for name in ("remove", "models", "serve", "demo", "install-triton", "export", "pull", "weights", "bench", "eval"):
+    commands = (
+        "remove",
+        "models",
+        "serve",
+        "demo",
+        "install-triton",
+        "export",
+        "pull",
+        "weights",
+        "bench",
+        "tune",
+        "eval",
+    )
+    for name in commands:
         assert f"\n  {name} " in result.output
     assert RUNNER.invoke(cli, ["--version"]).output == f"matteserve, version {__version__}\n"
 
