@@ -12,6 +12,7 @@ compares files, finds none changed, and goes on with what it was given last (see
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -180,19 +181,22 @@ class TunedEngine:
             return
         self._check_memory(setting)
         before, self._loaded = self._loaded, None
-        processes = self._processes()
         try:
             self._control.load(self.name, self._timeout_s, changed(self.config, self.present, setting))
         except ModelLoadError as exc:
             self._loaded = before  # a failed load leaves the old one serving
             raise TrialError(str(exc)) from exc
         self._loaded = setting
-        if before is not None:
-            self._wait_until_gone(processes + setting.instances - before.instances)
+        self._wait_until_gone(setting.instances)
 
     def _processes(self) -> int:
-        listener = self.session.observer.listener
-        return 0 if listener is None else len(tree_of(listener))
+        """How many of the server's processes are instances of the engine; 0 where its backend needs none of its own."""
+        instance = re.compile(rf"{re.escape(self.name)}_\d+_\d+")  # what Triton's Python backend calls them
+        count = 0
+        for process in tree_of(self.session.observer.listener) if self.session.observer.listener else []:
+            with contextlib.suppress(psutil.Error):
+                count += any(instance.fullmatch(word) for word in process.cmdline())
+        return count
 
     def _wait_until_gone(self, expected: int) -> None:
         """Old instances end after the new ones serve; their memory and CPU time are not this setting's."""
