@@ -499,12 +499,22 @@ def test_server_alone_is_swapped_until_it_restarts(server: EmbeddedServer) -> No
         result = swap("tiny", "onnx_fp16", alone)
         assert (result.persistent, result.unloaded) == (False, [RED])
         assert (answering(server), on_disk(server)) == (GREEN, RED)
-        with pytest.raises(SwapError, match=r"points at 'tiny_onnx_fp16' in the server and at 'tiny_onnx_fp32' in"):
-            swap("tiny", "onnx_fp16", options(server))
+        # Nothing on disk has changed, so the server would not look at it again by itself.
         back = rollback("tiny", alone)
-        assert (back.source, back.target, back.unloaded) == (GREEN, RED, [GREEN])
+        assert (back.source, back.target, back.changed, back.unloaded) == (GREEN, RED, True, [GREEN])
         assert answering(server) == RED
     assert clients.failures == []
+
+
+def test_swaps_of_the_server_alone_are_undone_one_by_one(server: EmbeddedServer) -> None:
+    alone = options(server, model_repository=None, tolerance=AlphaTolerance(**LOOSE))
+    swap("tiny", "onnx_fp16", alone)
+    swap("tiny", "onnx_fp32", alone)
+    assert [rollback("tiny", alone).target for _ in range(3)] == [GREEN, RED, RED]
+    swap("tiny", "onnx_fp16", alone)
+    with pytest.raises(SwapError, match=r"points at 'tiny_onnx_fp16' in the server and at 'tiny_onnx_fp32' in"):
+        swap("tiny", "onnx_fp16", options(server))
+    assert rollback("tiny", alone).target == RED
 
 
 def test_restricted_control_needs_the_right_key(repository: Path) -> None:

@@ -31,7 +31,7 @@ from matteserve_bench.sweep import ConcurrencySearch, RateSearch, sweep
 
 @click.group()
 def bench() -> None:
-    r"""Measure a running server: records first, reports from records.
+    """Measure a running server: records first, reports from records.
 
     \b
     Examples:
@@ -81,7 +81,7 @@ def run(
     records_path: Path | None,
     **values: Any,
 ) -> None:
-    r"""Load on one model: images per second, latency, where the time goes, VALID or INVALID.
+    """Load on one model: images per second, latency, where the time goes, VALID or INVALID.
 
     Closed load (--concurrency) keeps requests on their way and says what the server can do. Open load (--rate) sends
     at a pace of its own; latency counts from the moment a request was due. --scenario leaves the pace to MLPerf's
@@ -158,7 +158,7 @@ def sweep_command(
     records_path: Path | None,
     **values: Any,
 ) -> None:
-    r"""Raise the load until the server is saturated: the knee, and the highest rate that keeps p99 within --slo-ms.
+    """Raise the load until the server is saturated: the knee, and the highest rate that keeps p99 within --slo-ms.
 
     \b
     Example:
@@ -196,7 +196,7 @@ def sweep_command(
 def report_command(
     paths: tuple[Path, ...], as_csv: bool, html_path: Path | None, slo_ms: float | None, **values: Any
 ) -> None:
-    r"""Report on records: text, JSON, CSV, or a self-contained HTML page with plots.
+    """Report on records: text, JSON, CSV, or a self-contained HTML page with plots.
 
     \b
     Examples:

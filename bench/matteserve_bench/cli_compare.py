@@ -51,7 +51,7 @@ def ab(
     records_b: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Run A and B in turn and say what changed, and whether it is outside the noise.
+    """Run A and B in turn and say what changed, and whether it is outside the noise.
 
     Each side is a list of address, model, what, transport, rows, channels, and concurrency or rate with arrivals.
     What B leaves out is as in A.
@@ -91,7 +91,7 @@ def ab(
 @click.argument("b", type=click.Path(path_type=Path, dir_okay=False), metavar="B")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare_command(a: Path, b: Path, as_json: bool) -> None:
-    r"""Compare two files of records: what changed, by how much, and whether it is outside the noise.
+    """Compare two files of records: what changed, by how much, and whether it is outside the noise.
 
     Records of `bench ab` are paired by their turn; of others each window is a sample, and drift is in the figures.
 
@@ -119,7 +119,7 @@ def perf_analyzer_command(
     as_json: bool,
     **values: Any,
 ) -> None:
-    r"""Ask NVIDIA's perf_analyzer for a second opinion: same model, same inputs, side by side.
+    """Ask NVIDIA's perf_analyzer for a second opinion: same model, same inputs, side by side.
 
     Runs ours, perf_analyzer, and ours again, so that drift of the machine shows. Downloads the binary on first use.
 

@@ -70,7 +70,7 @@ def evaluate_command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    r"""Score the alphas of a running server against masks.
+    """Score the alphas of a running server against masks.
 
     Prints the field's measures, mean over pictures: MAE, S-, E- and F-measures, IoU and Boundary IoU by pysodmetrics;
     SAD, MSE, MAD, gradient and connectivity error for mattes. Of several models each is compared with the first, over

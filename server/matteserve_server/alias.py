@@ -13,7 +13,9 @@ from matteserve_client import ModelContract
 from matteserve_server._errors import RepositoryError, SwapError
 
 # What a client reads once per connection and goes on using: it must be the same behind every engine of an alias.
-_FIXED = ("height", "width", "resample", "alpha_resample", "fit")
+_FIXED = ("height", "width", "resample", "alpha_resample", "fit", "numerics")
+# Engines that the alias of a running server was moved from while its disk stayed as it is; the last one is the latest.
+_MOVED_FROM = "matteserve.moved_from"
 
 
 def target_of(config: Any) -> str:
@@ -65,6 +67,18 @@ def pointed_at(alias: Any, engine: Any) -> Any:
     for key, value in new.to_parameters().items():
         config.parameters[key].string_value = value
     return config
+
+
+def moved_from(alias: Any) -> list[str]:
+    """Engines that a server's alias was moved from without its disk, oldest first."""
+    return [name for name in alias.parameters[_MOVED_FROM].string_value.split(",") if name]
+
+
+def note_moved_from(alias: Any, engines: list[str]) -> None:
+    """Write into an alias' configuration what `moved_from` is to give."""
+    alias.parameters.pop(_MOVED_FROM, None)
+    if engines:
+        alias.parameters[_MOVED_FROM].string_value = ",".join(engines)
 
 
 def is_writable(repository: Path, model: str) -> bool:

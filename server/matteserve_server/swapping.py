@@ -37,7 +37,7 @@ from matteserve_server._errors import (
     UnknownModelError,
     VerificationError,
 )
-from matteserve_server.alias import pointed_at, target_of, write_config
+from matteserve_server.alias import moved_from, note_moved_from, pointed_at, target_of, write_config
 from matteserve_server.control import Control, Health
 from matteserve_server.manifest import Manifest, read_manifest
 from matteserve_server.repository import Repository, read_model
@@ -224,7 +224,8 @@ class Swap:
     def back(self) -> SwapResult:
         """Point the alias at the engine before the last swap; what served is not asked, for it may be broken.
 
-        Without a repository the server reads the alias from its own disk again, which undoes swaps of the server only.
+        Without a repository it is the engine before the last swap of the server only; if there was none, the server
+        reads the alias from its own disk again.
 
         Raises:
             SwapError: There is nothing to go back to.
@@ -233,7 +234,7 @@ class Swap:
         with self._explained(), self._locked("rollback"):
             self._recover()
             if self._folder is None:
-                return self._follow_server_disk()
+                return self._back_on_server()
             self._journal.forget(self._target_on_disk())
             if not self._journal.previous:
                 raise SwapError(
@@ -255,6 +256,8 @@ class Swap:
                 self._control.load(target, self.options.load_timeout_s)
                 self._probe(target)
                 alias, moved = self._alias_configs(target)
+                if self._folder is None:
+                    note_moved_from(moved, [*moved_from(alias), source])
             if kind == "swap":  # a rollback does not ask: what serves now may be the broken one
                 with self._timed("verify", result):
                     verified = self._verify(result)
@@ -436,11 +439,19 @@ class Swap:
                 self._unload_if_unused(pending.target)
         return f"{pending.source!r} serves"
 
-    def _follow_server_disk(self) -> SwapResult:
+    def _back_on_server(self) -> SwapResult:
+        # Loading the alias without a configuration would not do: Triton sees unchanged files and keeps the last one.
         loaded = self._control.config(self.model)
         result = SwapResult(self.model, "rollback", target_of(loaded), "")
+        earlier, before = moved_from(loaded), None
+        if earlier:
+            with self._timed("load", result):
+                self._control.load(earlier[-1], self.options.load_timeout_s)
+                self._probe(earlier[-1])
+            before = pointed_at(loaded, self._control.config(earlier[-1]))
+            note_moved_from(before, earlier[:-1])
         with self._timed("switch", result):
-            self._control.load(self.model, self.options.load_timeout_s)
+            self._control.load(self.model, self.options.load_timeout_s, before)
         result.target = target_of(self._control.config(self.model))
         result.changed = result.source != result.target
         if not self.options.keep_old and result.changed:
