@@ -10,13 +10,20 @@ For compilers without `DeformConv`, `matteserve_export.lowering` writes it with 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matteserve_export.models._ops import static_size
+
 __all__ = ["DeformableConv2d", "deform_conv2d"]
+
+# ONNX Runtime gathers all taps of all channels before it multiplies, 49 maps for each channel of a 7x7 kernel: by far
+# the most memory of a BiRefNet. Above so many values a convolution is exported as a sum over groups of its channels.
+_MOST_GATHERED = 32 * 2**20
 
 
 def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
@@ -88,5 +95,17 @@ class DeformableConv2d(nn.Module):
         if not torch.onnx.is_in_onnx_export():
             return deform_conv2d(x, offset, mask, weight)
         sizes = (self.regular_conv.out_channels, self.regular_conv.kernel_size[0])
-        out: Tensor = _ExportedDeformConv.apply(x, offset, mask, weight, sizes)  # type: ignore[no-untyped-call]
-        return out
+        groups = self._channel_groups(static_size(x))
+        parts = zip(x.split(groups, 1), weight.split(groups, 1), strict=True) if len(groups) > 1 else [(x, weight)]
+        outs: list[Tensor] = [
+            _ExportedDeformConv.apply(part, offset, mask, filters, sizes)  # type: ignore[no-untyped-call]
+            for part, filters in parts
+        ]
+        return functools.reduce(torch.add, outs)
+
+    def _channel_groups(self, size: tuple[int, int]) -> list[int]:
+        """Sizes of equal groups of channels, as few as keep what is gathered at once within bounds."""
+        channels, taps = self.regular_conv.in_channels, self.regular_conv.kernel_size[0] ** 2
+        most = max(1, _MOST_GATHERED // (taps * size[0] * size[1]))
+        group = max(n for n in range(1, channels + 1) if channels % n == 0 and n <= most)
+        return [group] * (channels // group)
