@@ -38,7 +38,7 @@ rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is n
 DEMO = Path(__file__).parents[2] / "model_repository" / "demo_onnx_fp32" / "1" / "model.onnx"
 FULL_SIZE = [("u2netp", 320), ("u2net", 320), ("isnet", 1024)]
 REDUCED = [("birefnet_lite", 128), ("birefnet_pvt_v2_b2", 128), ("birefnet_swin_s", 128)]
-# Swin-B and Swin-L are Swin-S with wider layers: the same operators, several times the time and the memory.
+# Swin-B and Swin-L are Swin-S with wider layers: as many nodes, twice the time, several times the memory.
 SLOW = [("birefnet_swin_b", 128), ("birefnet", 128), ("birefnet_lite", 1024), ("birefnet", 1024)]
 
 
