@@ -22,7 +22,10 @@ _HEAD = (
     "| model | size | precision | method | max | 99.9 % | mean | IoU | file | time |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-_ORDER = ("demo", "u2netp", "u2net", "isnet", "birefnet_lite", "birefnet")
+_ORDER = (
+    *("demo", "u2netp", "u2net", "isnet"),
+    *("birefnet_lite", "birefnet_pvt_v2_b2", "birefnet_swin_s", "birefnet_swin_b", "birefnet"),
+)
 _REPEATS = 3
 
 
@@ -30,17 +33,16 @@ def measure(name: str, size: int, precision: str, pictures: int = 2) -> list[dic
     """Compare one precision of one model with its FP32 graph; differences in levels of 255."""
     import onnx
 
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "export")]
-    from test_precision_networks import Case, serving_graph
-
+    sys.path.insert(0, str(ROOT / "tests"))
     from matteserve_export._session import make_runner
     from matteserve_export.compare import gate_graph, make_scenes
     from matteserve_export.precision import convert, tolerance_for
+    from support.serving_graphs import exported
 
     if name == "demo":
         serving = onnx.load(ROOT / "model_repository" / "demo_onnx_fp32" / "1" / "model.onnx")
     else:
-        serving = serving_graph(Case(name, size))
+        serving = exported(name, size)
     reduced = convert(serving, precision, make_scenes(8, size, size, seed=12))
     images = make_scenes(pictures, size, size, seed=2)
     ratio = None

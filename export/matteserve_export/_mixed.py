@@ -11,8 +11,9 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from matteserve_export._errors import PrecisionError
+from matteserve_export._inference import infer_values, without_weights
 
-__all__ = ["FLOAT_TYPES", "constants_as_initializers", "largest", "lower", "value_types", "without_weights"]
+__all__ = ["FLOAT_TYPES", "constants_as_initializers", "largest", "lower", "value_types"]
 
 FLOAT_TYPES = MappingProxyType(
     {
@@ -27,8 +28,6 @@ _FLOAT = int(TensorProto.FLOAT)
 _LARGEST = {_FLOAT: 3.4028235e38, int(TensorProto.FLOAT16): 65504.0, int(TensorProto.BFLOAT16): 3.3895314e38}
 _SHORT = {_FLOAT: "fp32", int(TensorProto.FLOAT16): "fp16", int(TensorProto.BFLOAT16): "bf16"}
 
-_SMALL = 4096  # bytes; what shape inference reads (shapes, axes, scales) is far smaller
-
 # Inputs that the operator's definition wants as float32 whatever the rest is: Resize's region and scales.
 _FLOAT32_INPUTS: Mapping[str, frozenset[int]] = MappingProxyType({"Resize": frozenset({1, 2})})
 
@@ -40,34 +39,11 @@ def largest(dtype: int) -> float:
 
 def value_types(model: onnx.ModelProto) -> dict[str, int]:
     """Element type of every value of the graph: inputs, initializers, and what the nodes make."""
-    # Shape inference works on a serialized copy; gigabytes of weights tell it nothing, as inputs they are as good.
-    light = without_weights(model)
-    for tensor in model.graph.initializer:
-        if tensor.ByteSize() > _SMALL:
-            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        else:
-            light.graph.initializer.append(tensor)
-    graph = onnx.shape_inference.infer_shapes(light).graph
+    graph = infer_values(model)
     types = {tensor.name: int(tensor.data_type) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         types[value.name] = int(value.type.tensor_type.elem_type)
     return types
-
-
-def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without the initializers, which are nearly all of a model, and without inferred shapes."""
-    graph = onnx.GraphProto(
-        name=model.graph.name, node=model.graph.node, input=model.graph.input, output=model.graph.output
-    )
-    return onnx.ModelProto(
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-        opset_import=model.opset_import,
-        functions=model.functions,
-        metadata_props=model.metadata_props,
-        graph=graph,
-    )
 
 
 def constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:

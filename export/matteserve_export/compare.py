@@ -22,7 +22,7 @@ from onnx import TensorProto
 
 from matteserve_client import AlphaDifference, AlphaTolerance, alpha_difference
 from matteserve_export._errors import ParityError
-from matteserve_export._mixed import without_weights
+from matteserve_export._inference import without_weights
 from matteserve_export._names import WRAP_PREFIX
 from matteserve_export._session import Runner, make_runner, open_session
 from matteserve_export.emulate import emulate

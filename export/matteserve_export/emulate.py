@@ -16,7 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from matteserve_export._mixed import FLOAT_TYPES, largest, value_types, without_weights
+from matteserve_export._inference import without_weights
+from matteserve_export._mixed import FLOAT_TYPES, largest, value_types
 from matteserve_export._names import WRAP_PREFIX
 from matteserve_export._session import run_outputs
 

@@ -35,12 +35,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from matteserve_export._errors import OnnxError
+from matteserve_export._inference import infer_values, without_weights
 
 __all__ = ["lower_deform_conv"]
 
 _LOG = logging.getLogger(__name__)
 _OPSETS = range(16, 20)  # GridSample exists from 16 on; from 20 on some of NVIDIA's parsers take it for NEAREST
-_SMALL = 1024
 
 
 def lower_deform_conv(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -65,11 +65,10 @@ def lower_deform_conv(model: onnx.ModelProto) -> onnx.ModelProto:
             "NVIDIA's parsers may read a newer GridSample as NEAREST (NVIDIA/TensorRT issue 4646): export with "
             f"operator set {_OPSETS[-1]}"
         )
-    lowered = onnx.ModelProto()
-    lowered.CopyFrom(model)
+    lowered = without_weights(model)
     graph = lowered.graph
     tensors = _tensor_types(model)
-    kernels = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    kernels = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, TensorProto] = {}
     for node in graph.node:
@@ -79,7 +78,7 @@ def lower_deform_conv(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(constants.values())
+    graph.initializer.extend((*model.graph.initializer, *constants.values()))
     _LOG.info("lowering: %d DeformConv nodes became GridSample and Conv, %d nodes now", count, len(nodes))
     return lowered
 
@@ -187,22 +186,8 @@ def _beside(positions: NDArray[np.float32], column: int) -> NDArray[np.float32]:
 
 
 def _tensor_types(model: onnx.ModelProto) -> dict[str, tuple[int, tuple[int | None, ...]]]:
-    """Dtype and shape of every tensor that inference can tell; an open dimension is None.
-
-    Inference copies the model several times, so it gets one without the weights' data.
-    """
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
-    graph = light.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) <= _SMALL:  # shapes, axes and scales are among these
-            graph.initializer.append(tensor)
-        else:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    """Dtype and shape of every tensor that inference can tell; an open dimension is None."""
+    inferred = infer_values(model)
     types = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         tensor_type = value.type.tensor_type

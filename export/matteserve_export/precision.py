@@ -11,8 +11,9 @@ fp16 and bf16 are cast here rather than by a converter of the field; three were 
 docs/precision.md has the figures. ONNX Runtime's `float16` puts a cast to float16 and back between any two nodes that
 are to stay in float32 (so what is kept is rounded all the same), leaves the nodes out of order so that `onnx.checker`
 refuses the file, and has no bf16. `onnxconverter_common`, its ancestor, breaks graphs that begin with uint8 → Cast.
-NVIDIA's ModelOpt writes good graphs but pins older onnx and onnxruntime releases than the exporter uses, cannot name
-nodes to keep in `convert_to_f16`, and raises the operator set. int8 is ONNX Runtime's own quantiser.
+NVIDIA's AutoCast (ModelOpt), given the list below, writes the same graph, but stores weights twice that two nodes share
+(BiRefNet's backbone runs twice), and ModelOpt pins older onnx and onnxruntime releases than the exporter uses. int8 is
+ONNX Runtime's own quantiser.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from matteserve_export.engine import (
     parse_network,
 )
 from matteserve_export.lowering import lower_deform_conv
+from matteserve_export.models import MODEL_BUILDERS
 from matteserve_export.network import NetworkSummary
 from matteserve_export.precision import convert
 from support.serving_graphs import SIZE, exported, sampled, small, wire
@@ -36,11 +37,19 @@ rtx = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is n
 
 DEMO = Path(__file__).parents[2] / "model_repository" / "demo_onnx_fp32" / "1" / "model.onnx"
 FULL_SIZE = [("u2netp", 320), ("u2net", 320), ("isnet", 1024)]
-REDUCED = [("birefnet_lite", 128)]
-SLOW = [("birefnet_pvt_v2_b2", 256), ("birefnet", 256), ("birefnet_lite", 1024)]
+REDUCED = [("birefnet_lite", 128), ("birefnet_pvt_v2_b2", 128), ("birefnet_swin_s", 128)]
+# Swin-B and Swin-L are Swin-S with wider layers: as many nodes, twice the time, several times the memory.
+SLOW = [("birefnet_swin_b", 128), ("birefnet", 128), ("birefnet_lite", 1024), ("birefnet", 1024)]
 
 
-@pytest.fixture(scope="module", params=[*FULL_SIZE, *REDUCED, *(pytest.param(p, marks=pytest.mark.slow) for p in SLOW)])
+_SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*FULL_SIZE, *REDUCED, *(pytest.param(p, marks=_SLOW) for p in SLOW)],
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
 def architecture(request: pytest.FixtureRequest) -> tuple[str, int, onnx.ModelProto]:
     """Name, size and serving graph of an architecture; one at a time, they are large."""
     name, size = request.param
@@ -55,6 +64,10 @@ def save(tmp_path: Path) -> Callable[[onnx.ModelProto], Path]:
         return path
 
     return write
+
+
+def test_every_architecture_is_here() -> None:
+    assert {name for name, _ in (*FULL_SIZE, *REDUCED, *SLOW)} == set(MODEL_BUILDERS)
 
 
 def test_every_architecture_becomes_a_plan(

@@ -5,20 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
 from matteserve_export.compare import gate_graph, make_scenes
-from matteserve_export.models import MODEL_BUILDERS, build_model
+from matteserve_export.models import MODEL_BUILDERS
 from matteserve_export.precision import convert, tolerance_for
-from matteserve_export.serving import Core, ServingConfig, build_serving
-from matteserve_export.to_onnx import ToOnnxConfig, export_core
-from support.conformance import fill
+from support.serving_graphs import exported
 
-_SLOW = pytest.mark.slow
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_ISNET = ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+_SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
 class Case(NamedTuple):
@@ -43,24 +38,13 @@ ALL = [pytest.param(case, id=f"{case.name}-{case.size}") for case in FAST]
 ALL += [pytest.param(case, id=f"{case.name}-{case.size}", marks=_SLOW) for case in SLOW]
 
 
-def serving_graph(case: Case) -> onnx.ModelProto:
-    """The serving graph with conformance weights."""
-    model = build_model(case.name)
-    fill(model, seed=3)
-    logits = case.name.startswith("birefnet")
-    core = export_core(model, ToOnnxConfig(case.size, case.size, "logits" if logits else "probability"))
-    constants = _ISNET if case.name == "isnet" else _IMAGENET
-    wrap = ServingConfig(*constants, sigmoid=logits, min_max=not logits)
-    return build_serving(Core(core, case.size, case.size, batched=True), wrap)
-
-
 def test_every_architecture_is_here() -> None:
     assert {case.name for case in FAST + SLOW} == set(MODEL_BUILDERS)
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_fp16_is_within_tolerance(case: Case) -> None:
-    serving = serving_graph(case)
+    serving = exported(case.name, case.size)
     reduced = convert(serving, "fp16")
     # Half of it, but for constants that are no weights.
     assert reduced.ByteSize() / serving.ByteSize() < 0.56

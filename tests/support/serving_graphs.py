@@ -16,6 +16,7 @@ from matteserve_export.to_onnx import ToOnnxConfig, export_core
 from support.conformance import fill
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ISNET = ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
 SIZE = 32
 
 
@@ -26,7 +27,9 @@ def exported(architecture: str, size: int) -> onnx.ModelProto:
     logits = architecture.startswith("birefnet")
     config = ToOnnxConfig(size, size, "logits" if logits else "probability")
     core = Core(export_core(model, config), size, size, batched=True)
-    return build_serving(core, ServingConfig(*IMAGENET, sigmoid=logits, min_max=not logits))
+    del model  # BiRefNet is a gigabyte
+    constants = ISNET if architecture == "isnet" else IMAGENET
+    return build_serving(core, ServingConfig(*constants, sigmoid=logits, min_max=not logits))
 
 
 def small(size: int = SIZE) -> onnx.ModelProto:
