@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from matteserve_export import OnnxError
 from matteserve_export.lowering import lower_deform_conv
-from matteserve_export.models import build_model
+from matteserve_export.models import build_model, deform_conv
 from matteserve_export.models.deform_conv import DeformableConv2d
 from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, describe_nodes, export_core
 from support.conformance import fill, pixel_values
@@ -104,6 +104,19 @@ def test_a_deformable_convolution_is_one_node(asked: int | None) -> None:
     lowered = lower_deform_conv(core)
     assert "DeformConv" not in count_nodes(lowered)
     np.testing.assert_allclose(run(lowered, x), expected, rtol=0, atol=2e-5)
+
+
+def test_a_large_deformable_convolution_is_a_sum_over_groups_of_its_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deform_conv, "_MOST_GATHERED", 9 * 32 * 64)  # one channel's
+    model = _Deformable().eval()
+    fill(model, seed=2)
+    core = export_core(model, ToOnnxConfig(32, 64, "logits"))
+    assert dict(count_nodes(core)) == {"Split": 1, "Conv": 3, "Sigmoid": 1, "DeformConv": 3, "Add": 2, "Relu": 1}
+    x = pixel_values(1, (2, 3, 32, 64))
+    with torch.no_grad():
+        expected = model(x).numpy()
+    for graph in (core, lower_deform_conv(core)):
+        np.testing.assert_allclose(run(graph, x), expected, rtol=0, atol=2e-5)
 
 
 class _Sums(nn.Module):

@@ -41,10 +41,11 @@ class Plan:
 
     Attributes:
         pictures: How many of the pictures, by model; the slow ones get fewer.
-        concurrencies: Pictures under way at once.
-        rounds: Parts that the pictures are dealt into; in each, every side has its turn.
+        concurrencies: Pictures under way at once; what is more than there are pictures is left out.
+        rounds: Parts that the pictures are dealt into; in each, every side has its turn. One where parts would have
+            fewer pictures than are to be under way.
         masks: Pictures whose masks are compared.
-        tensors: Inferences of each turn of the bare session and of the server alone.
+        tensors: Inferences of each turn of the bare session and of the server alone, at most two a picture.
         tensor_turns: How many of those turns.
     """
 
@@ -194,10 +195,11 @@ def _throughput(
     smallest = min(pictures, key=lambda picture: picture.megapixels)
     for side in sides:  # the first inference of a session allocates
         side.worker.run([smallest.path] * 2, 2)
-    for concurrency in plan.concurrencies:
+    for concurrency in (number for number in plan.concurrencies if number <= len(pictures)):
         turns = {side.name: Turns() for side in sides}
-        for part in range(plan.rounds):
-            dealt = pictures[part :: plan.rounds]
+        rounds = plan.rounds if len(pictures) >= plan.rounds * concurrency else 1
+        for part in range(rounds):
+            dealt = pictures[part::rounds]
             for side in _rotated(sides, part):
                 click.echo(f"{model}: {concurrency} at once, part {part + 1}: {side.name}", err=True)
                 before = cpu_seconds(side.processes)
@@ -252,7 +254,7 @@ def _serving(model: str, sides: Sequence[_Side], pictures: Sequence[PictureFile]
     for turn in range(plan.tensor_turns + 1):
         for side in _rotated(sides, turn):
             click.echo(f"{model}: tensors, turn {turn}: {side.name}", err=True)
-            count = plan.tensors if turn else 2
+            count = min(plan.tensors, 2 * len(pictures)) if turn else 2
             answer = side.worker.run(paths * count, 1 if side.name == BARE else 2)
             if turn:  # the first one warms up
                 rates[side.name].append(count / answer["seconds"])
