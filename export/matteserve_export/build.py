@@ -43,7 +43,7 @@ from matteserve_export.repository import (
     write_model,
 )
 from matteserve_export.serving import load_core
-from matteserve_export.sizing import default_batching, giga_macs, session_options
+from matteserve_export.sizing import SESSION_OPTIONS, default_batching, giga_macs
 
 __all__ = ["BuildConfig", "BuildResult", "EngineKind", "Preflight", "build_engine", "preflight"]
 
@@ -280,7 +280,7 @@ def build_engine(config: BuildConfig, progress: Progress | None = None) -> Build
                 manifest=manifest,
                 batching=config.batching or default_batching(cost, contract.max_batch_size, config.max_queue_size),
                 instances=instances,
-                session_options=session_options(cost) if config.engine == "onnx" else {},
+                session_options=SESSION_OPTIONS if config.engine == "onnx" else {},
                 gpu=config.gpu,
                 batch_sizes=checked.batch_sizes,
             )

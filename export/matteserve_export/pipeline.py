@@ -45,12 +45,12 @@ from matteserve_export.precision import tolerance_for
 from matteserve_export.repository import DynamicBatching, Engine, InstanceGroup, check_model_name, write_model
 from matteserve_export.serving import Core, ServingConfig, build_serving, load_core, prepare_core
 from matteserve_export.sizing import (
+    SESSION_OPTIONS,
     GatePlan,
     default_batch_size,
     default_batching,
     gate_plan,
     giga_macs,
-    session_options,
 )
 from matteserve_export.to_onnx import ToOnnxConfig, count_nodes, export_core
 from matteserve_export.weights import PatchOrder, Weights
@@ -231,7 +231,7 @@ def export_model(config: ExportConfig) -> ExportResult:
         card=model_card(manifest, weights),
         batching=config.batching or default_batching(cost, max_batch_size, config.max_queue_size),
         instances=config.instances,
-        session_options=session_options(cost),
+        session_options=SESSION_OPTIONS,
     )
     engine_path, alias_path = write_model(config.model_repository, engine)
     return ExportResult(

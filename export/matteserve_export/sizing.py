@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from matteserve_export.repository import DynamicBatching
 
-__all__ = ["GatePlan", "default_batch_size", "default_batching", "gate_plan", "giga_macs", "session_options"]
+__all__ = ["SESSION_OPTIONS", "GatePlan", "default_batch_size", "default_batching", "gate_plan", "giga_macs"]
+
+SESSION_OPTIONS = {"enable_mem_pattern": "0"}
+"""Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads.
+
+It would plan the memory of every batch size that it meets, as one block each: under dynamic batching twice the memory,
+and a long run for each new size; and a third more memory for BiRefNet even where all runs are alike.
+"""
 
 # Giga-MACs of one picture, counted over convolutions, linear layers, attention and the main product of the deformable
 # convolutions, and the side of the square picture they were counted at. They grow with the area.
@@ -34,7 +41,6 @@ _UNCOUNTED = _COUNTED["birefnet"]
 _SLOW_GIGA_MACS_PER_S = 40.0
 _LARGEST_BATCH = 8
 _BATCH_GIGA_MACS = 650.0
-_LARGE_GIGA_MACS = 200.0
 
 
 def giga_macs(architecture: str, height: int, width: int) -> float:
@@ -76,19 +82,6 @@ def default_batching(cost: float, max_batch_size: int, max_queue_size: int = 0) 
         max_queue_size=max_queue_size,
         default_queue_timeout_us=round(timeout_s * 1e6),
     )
-
-
-def session_options(cost: float) -> dict[str, str]:
-    """Options of ONNX Runtime's session, by the names that Triton's onnxruntime backend reads.
-
-    The CPU arena keeps what a run took for the next one. For a large network that is gigabytes held by an idle server,
-    to save a part of a run that takes seconds anyway. For the others ONNX Runtime would plan the memory of every batch
-    size that it meets, as one block each: under dynamic batching twice the memory, and a long run for each new size.
-
-    Args:
-        cost: Giga-MACs of one picture.
-    """
-    return {"enable_mem_arena": "0"} if cost > _LARGE_GIGA_MACS else {"enable_mem_pattern": "0"}
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ def test_from_a_checkpoint_to_the_repository(
         assert contract == result.contract
         assert (contract.input_shape, contract.max_batch_size) == ((64, 64, 3), 4)
         assert contract.weights_sha256 == weights_sha256
+    engine = text_format.Parse((result.engine_path / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    assert engine.parameters["enable_mem_pattern"].string_value == "0"
 
     # The published file, not what the pipeline had in memory, equals torch.
     weights = config.weights

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from matteserve_export.models import MODEL_BUILDERS, build_model
-from matteserve_export.sizing import default_batch_size, default_batching, gate_plan, giga_macs, session_options
+from matteserve_export.sizing import default_batch_size, default_batching, gate_plan, giga_macs
 from matteserve_export.weights import REGISTRY, Weights
 
 ALL = pytest.mark.parametrize("weights", REGISTRY.values(), ids=REGISTRY)
@@ -80,11 +80,6 @@ def test_gates_cover_the_default_batch_and_stay_affordable(weights: Weights) -> 
     assert plan.pictures >= batch
     # The exporter's own runs: what the comparisons compute stays in proportion, whatever the model.
     assert max(gate_plan(cost, 8).batch_sizes) * cost <= max(650, 2 * cost)
-
-
-def test_batches_share_memory_and_large_networks_give_theirs_back() -> None:
-    assert session_options(giga_macs("isnet", 1024, 1024)) == {"enable_mem_pattern": "0"}
-    assert session_options(giga_macs("birefnet_lite", 1024, 1024)) == {"enable_mem_arena": "0"}
 
 
 def test_a_batch_of_two_is_always_compared_if_there_are_batches() -> None:
