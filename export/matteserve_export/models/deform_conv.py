@@ -96,7 +96,11 @@ class DeformableConv2d(nn.Module):
             return deform_conv2d(x, offset, mask, weight)
         sizes = (self.regular_conv.out_channels, self.regular_conv.kernel_size[0])
         groups = self._channel_groups(static_size(x))
-        parts = zip(x.split(groups, 1), weight.split(groups, 1), strict=True) if len(groups) > 1 else [(x, weight)]
+        parts = (
+            zip(torch.split(x, groups, 1), torch.split(weight, groups, 1), strict=True)
+            if len(groups) > 1
+            else [(x, weight)]
+        )
         outs: list[Tensor] = [
             _ExportedDeformConv.apply(part, offset, mask, filters, sizes)  # type: ignore[no-untyped-call]
             for part, filters in parts
