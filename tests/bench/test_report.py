@@ -63,7 +63,7 @@ def test_text_says_what_else_there_is() -> None:
     text = format_text([run], [summarise(run, price_per_hour=3.6, peak_tops=10.0)])
     assert "GPU           [utilisation, memory, power]         50%, 1024 MiB, 300 W" in text
     assert "Picture ms    [decode, request]                    10.00, 50.00" in text
-    assert "0.0332 images/J, 3.9% of the roofline (19.8 GMAC an image, peak 10 TOPS: --peak-tops)" in text
+    assert "0.0332 images/J, 3.9% of the roofline (19.76 GMAC an image, peak 10 TOPS: --peak-tops)" in text
     assert "0.1 per 1,000 images at the given price" in text
     assert "images over grpc, warm" in text
 
