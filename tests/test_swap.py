@@ -247,6 +247,7 @@ BROKEN = {
     "black": (VerificationError, "masks are flat where the reference's are not"),
     "fails": (MatteserveError, "ONNX Runtime failed"),
     "other_size": (SwapError, "cannot stand behind 'tiny': height 31 instead of 32"),
+    "other_numerics": (SwapError, "cannot stand behind 'tiny': numerics rembg instead of reference"),
     "smaller_batch": (SwapError, "takes batches of 4, clients were promised 8"),
     "not_ours": (ContractError, "contract version none"),
     "cut_off": (EngineMismatchError, r"model\.onnx has 10 bytes, its manifest says [\d,]+: it was cut off"),
@@ -270,6 +271,8 @@ def break_engine(repository: Path, how: str) -> None:
         change_input(file)
     elif how == "other_size":
         config.input[0].dims[0] = config.output[0].dims[0] = SIZE - 1
+    elif how == "other_numerics":
+        config.parameters["matteserve.numerics"].string_value = "rembg"
     elif how == "smaller_batch":
         config.max_batch_size = 4
     elif how == "not_ours":

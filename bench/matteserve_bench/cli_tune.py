@@ -19,7 +19,7 @@ from matteserve_bench.records import WINDOWS, Load, RecordWriter, TransportName
 from matteserve_bench.session import Session, Setup, default_records_path, stop_on_signals
 from matteserve_bench.tuned_engine import TunedEngine, changed, config_path, read_config
 from matteserve_bench.tuning import Figures, Interrupted, Outcome, Setting, plan, search
-from matteserve_bench.tuning_report import format_outcome, to_json, to_pbtxt, unified_diff
+from matteserve_bench.tuning_report import TuningReport, to_pbtxt, unified_diff
 from matteserve_bench.validity import FEWEST_ANSWERS
 from matteserve_client import MatteserveError
 from matteserve_server import EmbeddedServer, ServerOptions, bundled
@@ -148,14 +148,15 @@ def tune(
             written = True
             _write(engine, path, before, after)
         click.echo(f"records: {writer.path}", err=True)
-    report = to_json(outcome, load, header, slo_ms=slo_ms, notes=engine.notes, diff=diff, written=written)
+    found = TuningReport(outcome, load, header, slo_ms=slo_ms, notes=engine.notes, diff=diff)
+    report = found.to_dict(written=written)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=2) + "\n")
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        click.echo(format_outcome(outcome, load, header, slo_ms=slo_ms, notes=engine.notes, diff=diff))
+        click.echo(found.text())
         if outcome.proposal is not None:
             click.echo(f"Written to {path}" if written else "Nothing was written; --write does that")
     if outcome.interrupted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +16,75 @@ from matteserve_bench.report import finite
 from matteserve_bench.tuning import Outcome, Stage
 
 
-def format_outcome(
-    outcome: Outcome,
-    load: Load,
-    header: Mapping[str, Any],
-    *,
-    slo_ms: float | None = None,
-    notes: Sequence[str] = (),
-    diff: str = "",
-) -> str:
-    """For people.
+@dataclass(frozen=True)
+class TuningReport:
+    """What a search found, and how.
 
-    Args:
+    Attributes:
         outcome: What was found.
         load: Under which load.
         header: What it was measured on.
-        slo_ms: Bound of p99.
+        slo_ms: Bound of p99 in milliseconds; None if there was none.
         notes: What a reader should know.
-        diff: The proposed change.
+        diff: The proposed change; empty if there is none.
     """
-    bound = "" if slo_ms is None else f", p99 <= {slo_ms:g} ms"
-    lines = [f"{load.model} -> {header['model']['engine_name']} at {load.pace}, tensors over {load.transport}{bound}"]
-    for stage in outcome.stages:
-        lines += ["", *_table(stage)]
-    if outcome.changes:
-        lines += ["", f"{'':<9} {'present':>9} {'best':>9} {'change':>8}  95 % interval"]
-    for change in outcome.changes:
-        verdict = ("better" if change.better else "worse") if change.outside_noise else "within the noise"
-        lines.append(
-            f"{change.metric:<9} {change.a:9.2f} {change.b:9.2f} {change.ratio - 1:+8.1%}"
-            f"  {change.low - 1:+.1%} to {change.high - 1:+.1%}  {verdict}"
-        )
-    lines.append("")
-    turns = [figures for stage in outcome.stages for trial in stage.trials for figures in trial.turns]
-    invalid = [figures.invalid for figures in turns if figures.invalid]
-    if invalid:
-        lines.append(f"Note: {len(invalid)} of {len(turns)} measurements are INVALID, the first: {invalid[0]}")
-    lines += [f"Note: {note}" for note in notes]
-    if outcome.not_tried:
-        settings = "; ".join(map(str, outcome.not_tried))
-        lines.append(f"Note: no room was left (--max-trials) for {len(outcome.not_tried)} more: {settings}")
-    if outcome.interrupted:
-        lines.append("Interrupted: no proposal")
-    elif outcome.proposal is None:
-        lines.append(f"Keep what you have ({outcome.present}): {outcome.reason}")
-    else:
-        lines += [f"Proposal: {outcome.proposal}, for {outcome.reason}", "", diff.rstrip("\n"), ""]
-    lines.append(f"Environment: {format_environment(header)}")
-    return "\n".join(lines)
 
+    outcome: Outcome
+    load: Load
+    header: Mapping[str, Any]
+    slo_ms: float | None = None
+    notes: Sequence[str] = ()
+    diff: str = ""
 
-def to_json(
-    outcome: Outcome,
-    load: Load,
-    header: Mapping[str, Any],
-    *,
-    slo_ms: float | None = None,
-    notes: Sequence[str] = (),
-    diff: str = "",
-    written: bool = False,
-) -> dict[str, Any]:
-    """The same with every measurement, and the environment."""
-    found: dict[str, Any] = finite(asdict(outcome))
-    return {
-        "environment": dict(header),
-        "load": finite(asdict(load)),
-        "slo_ms": slo_ms,
-        **found,
-        "notes": list(notes),
-        "diff": diff,
-        "written": written,
-    }
+    def text(self) -> str:
+        """For people."""
+        bound = "" if self.slo_ms is None else f", p99 <= {self.slo_ms:g} ms"
+        engine = self.header["model"]["engine_name"]
+        lines = [f"{self.load.model} -> {engine} at {self.load.pace}, tensors over {self.load.transport}{bound}"]
+        for stage in self.outcome.stages:
+            lines += ["", *_table(stage)]
+        if self.outcome.changes:
+            lines += ["", f"{'':<9} {'present':>9} {'best':>9} {'change':>8}  95 % interval"]
+        for change in self.outcome.changes:
+            verdict = ("better" if change.better else "worse") if change.outside_noise else "within the noise"
+            lines.append(
+                f"{change.metric:<9} {change.a:9.2f} {change.b:9.2f} {change.ratio - 1:+8.1%}"
+                f"  {change.low - 1:+.1%} to {change.high - 1:+.1%}  {verdict}"
+            )
+        lines.append("")
+        turns = [figures for stage in self.outcome.stages for trial in stage.trials for figures in trial.turns]
+        invalid = [figures.invalid for figures in turns if figures.invalid]
+        if invalid:
+            lines.append(f"Note: {len(invalid)} of {len(turns)} measurements are INVALID, the first: {invalid[0]}")
+        lines += [f"Note: {note}" for note in self.notes]
+        if self.outcome.not_tried:
+            settings = "; ".join(map(str, self.outcome.not_tried))
+            lines.append(f"Note: no room was left (--max-trials) for {len(self.outcome.not_tried)} more: {settings}")
+        if self.outcome.interrupted:
+            lines.append("Interrupted: no proposal")
+        elif self.outcome.proposal is None:
+            lines.append(f"Keep what you have ({self.outcome.present}): {self.outcome.reason}")
+        else:
+            lines += [f"Proposal: {self.outcome.proposal}, for {self.outcome.reason}", "", self.diff.rstrip("\n"), ""]
+        lines.append(f"Environment: {format_environment(self.header)}")
+        return "\n".join(lines)
+
+    def to_dict(self, *, written: bool) -> dict[str, Any]:
+        """The same for JSON, with every measurement.
+
+        Args:
+            written: Whether the proposal was written into `config.pbtxt`.
+        """
+        found: dict[str, Any] = finite(asdict(self.outcome))
+        return {
+            "environment": dict(self.header),
+            "load": finite(asdict(self.load)),
+            "slo_ms": self.slo_ms,
+            **found,
+            "notes": list(self.notes),
+            "diff": self.diff,
+            "written": written,
+        }
 
 
 def unified_diff(before: str, after: str, path: Path | None, engine: str) -> str:

@@ -71,7 +71,8 @@ def pointed_at(alias: Any, engine: Any) -> Any:
 
 def moved_from(alias: Any) -> list[str]:
     """Engines that a server's alias was moved from without its disk, oldest first."""
-    return [name for name in alias.parameters[_MOVED_FROM].string_value.split(",") if name]
+    # Not by index alone: a protobuf map would get an empty entry.
+    return alias.parameters[_MOVED_FROM].string_value.split(",") if _MOVED_FROM in alias.parameters else []
 
 
 def note_moved_from(alias: Any, engines: list[str]) -> None:

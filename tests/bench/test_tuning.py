@@ -16,7 +16,6 @@ from matteserve_bench.tuned_engine import changed, setting_of
 from matteserve_bench.tuning import (
     Figures,
     Interrupted,
-    Outcome,
     Setting,
     Space,
     TrialError,
@@ -25,7 +24,7 @@ from matteserve_bench.tuning import (
     search,
     weigh,
 )
-from matteserve_bench.tuning_report import format_outcome, to_json, unified_diff
+from matteserve_bench.tuning_report import TuningReport, unified_diff
 from support.bench_runs import HEADER
 
 PRESENT = Setting(instances=1, threads=4, max_batch_size=8, delay_us=500)
@@ -379,7 +378,8 @@ def test_the_report_says_all_of_it() -> None:
         return replace(formula(setting), invalid="not settled" if setting == PRESENT else "", server_mib=None)
 
     outcome = search(PRESENT, SPACE, measured, max_trials=4)
-    text = format_outcome(outcome, LOAD, HEADER, slo_ms=200, notes=["threads are fixed"], diff="--- a\n+++ b\n")
+    found = TuningReport(outcome, LOAD, HEADER, slo_ms=200, notes=["threads are fixed"], diff="--- a\n+++ b\n")
+    text = found.text()
     lines = text.splitlines()
     assert lines[0] == "u2netp -> u2netp_onnx_fp32 at concurrency 8, tensors over grpc, p99 <= 200 ms"
     assert "2 x 2 threads, batch <= 8, 500 us     11.40     50.0    100.0   2.00      -  +20% images/s, taken" in lines
@@ -392,19 +392,18 @@ def test_the_report_says_all_of_it() -> None:
     assert "Note: no room was left (--max-trials) for 3 more: 2 x 2 threads, batch <= 8, 0 us; " in text
     assert "Proposal: 2 x 2 threads, batch <= 8, 500 us, for +20.0% images/s (+20.0% to +20.0%)" in lines
     assert lines[-1].startswith("Environment: AMD EPYC, 2 cores")
-    report = json.loads(json.dumps(to_json(outcome, LOAD, HEADER, slo_ms=200, diff="d")))
+    report = json.loads(json.dumps(found.to_dict(written=False)))
     assert report["proposal"] == {"instances": 2, "threads": 2, "max_batch_size": 8, "preferred": [], "delay_us": 500}
     assert len(report["stages"][0]["trials"][0]["turns"]) == 2
-    assert (report["environment"], report["diff"], report["written"]) == (HEADER, "d", False)
+    assert (report["environment"], report["diff"], report["written"]) == (HEADER, found.diff, False)
 
 
 def test_the_report_says_to_keep_it() -> None:
     kept = search(PLAIN, ONE_AXIS, lambda _: figures(10))
-    text = format_outcome(kept, LOAD, HEADER)
+    text = TuningReport(kept, LOAD, HEADER).text()
     assert "Keep what you have (1 instances, batch <= 1, 0 us): nothing that was tried is better" in text
     stopped = dataclasses.replace(kept, interrupted=True)
-    assert "Interrupted: no proposal" in format_outcome(stopped, LOAD, HEADER)
-    assert isinstance(kept, Outcome)
+    assert "Interrupted: no proposal" in TuningReport(stopped, LOAD, HEADER).text()
 
 
 def test_the_diff_warns_of_lost_comments() -> None:

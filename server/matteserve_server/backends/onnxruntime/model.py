@@ -57,13 +57,15 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Answer every request: all of them by one run of the session, or each as soon as its own rows are done."""
         for group in [[request] for request in requests] if self._split else [requests]:
-            # A client that gave up must not cost a share of the batch.
-            alive = [request for request in group if not request.is_cancelled()]
+            alive = []
             for request in group:
-                if all(request is not other for other in alive):
+                if request.is_cancelled():  # a client that gave up must not cost a share of the batch
                     _answer(request, _error("the client cancelled the request", pb_utils.TritonError.CANCELLED))
-            for request, response in zip(alive, self._infer(alive) if alive else [], strict=True):
-                _answer(request, response)
+                else:
+                    alive.append(request)
+            if alive:
+                for request, response in zip(alive, self._infer(alive), strict=True):
+                    _answer(request, response)
 
     def _infer(self, requests: list[Any]) -> list[Any]:
         try:
