@@ -108,6 +108,9 @@ def evaluate_command(
                 rows.append(replace(row, tiles=None))
                 bar.update(1)
             interrupted = stop.is_set()
+    if interrupted and not rows:
+        click.echo("interrupted before the first picture was scored", err=True)
+        raise SystemExit(INTERRUPTED)
     summary = summarise(rows, models)
     report = {
         "schema": _SCHEMA,

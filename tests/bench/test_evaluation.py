@@ -5,6 +5,7 @@ The model `tiny` answers with the red channel of a 32x32 picture, so every alpha
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from matteserve_bench import EvaluationError
+from matteserve_bench import EvaluationError, cli_eval
 from matteserve_bench.evaluation import (
     MEASURES,
     Pair,
@@ -435,6 +437,18 @@ def test_interrupting_keeps_what_was_done(bench_server: EmbeddedServer, tmp_path
     assert [row["image"] for row in rows] == [f"{number:03}.png" for number in range(len(rows))]
     assert f"interrupted after {len(rows)} of 200 pictures" in stderr
     assert f"{len(rows)} pictures" in stdout
+
+
+@pytest.mark.triton
+def test_interrupting_before_the_first_picture(
+    bench_server: EmbeddedServer, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = threading.Event()
+    stopped.set()
+    monkeypatch.setattr(cli_eval, "stop_on_signals", lambda: contextlib.nullcontext(stopped))
+    result = run_eval(bench_server, folders, "--model", "tiny", out=tmp_path / "out")
+    assert result.exit_code == 130
+    assert "interrupted before the first picture was scored" in result.stderr
 
 
 @pytest.mark.triton

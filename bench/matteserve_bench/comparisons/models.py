@@ -7,7 +7,8 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from matteserve_client._contract import Numerics
 
 _DEMO_WEIGHTS = Path(__file__).parents[3] / "export" / "demo_weights" / "u2netp_demo.safetensors"
 
@@ -103,7 +104,7 @@ def _export_core(name: str, path: Path) -> None:
     partial.replace(path)
 
 
-def _export_serving(name: str, core: Path, repository: Path, numerics: Literal["reference", "rembg"]) -> None:
+def _export_serving(name: str, core: Path, repository: Path, numerics: Numerics) -> None:
     from matteserve_export.pipeline import ExportConfig, export_model
     from matteserve_export.weights import find_weights
 
